@@ -1,0 +1,229 @@
+"""Every setting of a run, typed. One docstring a field; unknown keys are refused (config/load.py names the nearest).
+
+A YAML file in ``model_configs/`` is one run. Relations between fields that need no model and no data are checked
+here; what needs the checkpoint's own shape is checked in config/checks.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+
+
+class ModelConfig(Section):
+    path: Path
+    """Folder of the HF checkpoint to start from: config.json, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the trainer's weights and activations; the optimizer keeps float32 masters."""
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Which of megatron-core's layer specs: auto takes Transformer Engine on CUDA and the local one on a CPU."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation in the backward pass."""
+    router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    """Precision of the MoE router's logits; None keeps the model's."""
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    """Tensor-parallel size."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel size."""
+    context: PositiveInt = 1
+    """Context-parallel size: each sequence is cut zigzag over this many ranks."""
+    expert: PositiveInt | Literal["auto"] = "auto"
+    """Expert-parallel size; auto: as many as divide both the experts and the ranks of a pipeline stage."""
+    expert_tensor: PositiveInt = 1
+    """Tensor-parallel size inside an expert."""
+    virtual_pipeline: PositiveInt | None = None
+    """Model chunks a pipeline rank holds (interleaved schedule); None: one, plain 1F1B."""
+    sequence: bool = False
+    """Sequence parallelism over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+
+
+class ObjectiveConfig(Section):
+    name: str = "vespo"
+    """One of available_objectives(), or a dotted path to a factory of one's own."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the objective; its file under objectives/ documents them. Empty: the paper's."""
+    aggregation: Aggregation = "token-mean"
+    """How token losses become one number, the same for every objective; denominators are the mini-batch's own."""
+    correction: Literal["none", "trainer"] = "none"
+    """Which log-prob is the behaviour policy's: none: the engine's (its mismatch is inside W); trainer: log pi_old."""
+    advantage: Literal["group-mean", "group-mean-std"] = "group-mean-std"
+    """Reward minus the group's mean, or that divided by the group's standard deviation."""
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate decays after the warm-up."""
+    warmup_updates: NonNegativeInt = 0
+    """Optimizer updates of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (not applied to norms and biases)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: never."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["reference", "sglang"] = "sglang"
+    """Which engine is launched."""
+    engines: PositiveInt = 1
+    """How many of it."""
+    urls: tuple[str, ...] = ()
+    """Engines that someone else started; none is launched then."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision the engine computes in."""
+    samples_per_prompt: PositiveInt = 8
+    """Responses in a prompt group."""
+    max_response_tokens: PositiveInt = 1024
+    """A response is cut there, with finish_reason length."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's log-probs are taken at the same one."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1: off."""
+    top_k: int = -1
+    """Top-k sampling; -1: off."""
+    request_timeout_s: PositiveFloat = 600
+    """Seconds without an answer after which a request counts as hung."""
+    launch_timeout_s: PositiveFloat = 600
+    """Seconds an engine may take until it answers its health check."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further flags for the engine's command line, passed through: {tp-size: 2}."""
+
+
+class DataConfig(Section):
+    train: Path
+    """JSONL, one problem a line."""
+    evaluate: Path | None = None
+    """JSONL of held-out problems; None: no evaluation."""
+    prompt_field: str = "problem"
+    """Name of the field that holds the problem."""
+    answer_field: str = "answer"
+    """Name of the field that holds the gold answer."""
+    template: str = "chat"
+    """How a problem becomes a prompt: chat (the tokenizer's chat template), none, or a text with {problem} in it."""
+    suffix: str = ""
+    """Appended to the problem before templating, such as the instruction to box the answer."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out, and counted."""
+
+
+class RewardConfig(Section):
+    name: str = "math"
+    """math (math-verify), or a dotted path to a function (response, answer) -> float."""
+    workers: PositiveInt = 2
+    """Grading processes."""
+    timeout_s: PositiveFloat = 30
+    """Seconds after which grading one response is killed and counts as 0."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 100
+    """Rollout batches."""
+    prompts_per_step: PositiveInt = 256
+    """Prompts in a rollout batch; times rollout.samples_per_prompt sequences."""
+    mini_batches: PositiveInt = 1
+    """N: optimizer updates made from one rollout batch (split staleness 0..N-1)."""
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Token budget of one forward-backward of one rank (before context parallelism divides it)."""
+
+
+class EvaluateConfig(Section):
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0: only before and after."""
+    samples_per_prompt: PositiveInt = 4
+    """k of avg@k."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of avg@k (greedy is reported beside it)."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling of avg@k."""
+    max_prompts: PositiveInt | None = None
+    """Only the first so many held-out problems; None: all."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest stay."""
+    resume: bool = True
+    """Go on from the newest checkpoint of run_dir, if there is one."""
+    export_hf: bool = True
+    """Write an HF-format folder at the end."""
+
+
+class SyncConfig(Section):
+    transport: Literal["disk"] = "disk"
+    """How weights reach the engines."""
+    folder: Path | None = None
+    """Where the disk transport writes; None: shared memory (/dev/shm) if there is room, else the run directory."""
+    probe_tolerance: PositiveFloat | None = None
+    """Largest |engine - trainer| log-prob on the probe before the run is stopped; None: measured only."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray cluster to join; None: one is started here."""
+    nodes: PositiveInt = 1
+    """Nodes with trainer ranks."""
+    ranks_per_node: PositiveInt = 8
+    """Trainer ranks (GPUs) on each."""
+    threads_per_rank: PositiveInt = 1
+    """OMP threads of a rank on a CPU."""
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+class LogConfig(Section):
+    samples_per_step: NonNegativeInt = 4
+    """Readable responses kept under samples/ each step."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases."""
+    project: str = "megatron_vespo"
+    """wandb project."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str
+    """Name of the run."""
+    run_dir: Path = Path("")
+    """Everything the run writes goes here; empty: runs/<name>."""
+    seed: int = 1
+    """Seed of data order, sampling and initialisation."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sync: SyncConfig = SyncConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def directory(self) -> Path:
+        return self.run_dir if self.run_dir != Path("") else Path("runs") / self.name

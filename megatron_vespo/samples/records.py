@@ -1,0 +1,61 @@
+"""The records everyone passes on: a prompt, one sampled response, and where each token came from.
+
+Token arrays are numpy (int32 / float32), so that a record is compact in memory, on disk and in Ray's object store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One problem, rendered and tokenised once, when the data file is read."""
+
+    id: str
+    """Stable across runs: the row's own ``id`` or ``<file stem>:<line number>``."""
+    tokens: np.ndarray
+    """[prompt] int32."""
+    text: str
+    """The rendered prompt, exactly what was tokenised."""
+    answer: str
+    """The gold answer, as published."""
+    source: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response of a prompt group. Response arrays are aligned: index t is response token t."""
+
+    id: str
+    """``<rollout batch>/<prompt id>/<index in the group>``."""
+    prompt: Prompt
+    response_tokens: np.ndarray
+    """[response] int32, the engine's own token ids (never retokenised)."""
+    rollout_logprobs: np.ndarray
+    """[response] float32: log mu, the engine's log-prob of each token when it was sampled."""
+    weight_versions: np.ndarray
+    """[response] int32: the weight version that sampled each token."""
+    loss_mask: np.ndarray
+    """[response] bool: True where the policy chose the token (False for tool output and the like)."""
+    finish_reason: FinishReason
+    text: str = ""
+    """The decoded response."""
+    reward: float | None = None
+    advantage: float | None = None
+    old_logprobs: np.ndarray | None = None
+    """[response] float32: log pi_old, the trainer's own log-prob at the version that sampled."""
+    routed_experts: np.ndarray | None = None
+    """[prompt + response - 1, layers, topk] int32, when the engine was asked for them."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Prompt plus response, in tokens."""
+        return len(self.prompt.tokens) + len(self.response_tokens)
