@@ -206,8 +206,8 @@ class RunConfig(Section):
 
     name: str
     """Name of the run."""
-    run_dir: Path = Path("")
-    """Everything the run writes goes here; empty: runs/<name>."""
+    run_dir: Path | None = None
+    """Everything the run writes goes here; None: runs/<name>."""
     seed: int = 1
     """Seed of data order, sampling and initialisation."""
     model: ModelConfig
@@ -226,4 +226,4 @@ class RunConfig(Section):
 
     @property
     def directory(self) -> Path:
-        return self.run_dir if self.run_dir != Path("") else Path("runs") / self.name
+        return self.run_dir or Path("runs") / self.name
