@@ -7,10 +7,11 @@ here; what needs the checkpoint's own shape is checked in config/checks.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+Probability = Annotated[float, Field(gt=0, le=1)]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
 
 
@@ -95,7 +96,7 @@ class RolloutConfig(Section):
     """A response is cut there, with finish_reason length."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer's log-probs are taken at the same one."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Probability = 1.0
     """Nucleus sampling; 1: off."""
     top_k: int = -1
     """Top-k sampling; -1: off."""
@@ -151,7 +152,7 @@ class EvaluateConfig(Section):
     """k of avg@k."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of avg@k (greedy is reported beside it)."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Probability = 1.0
     """Nucleus sampling of avg@k."""
     max_prompts: PositiveInt | None = None
     """Only the first so many held-out problems; None: all."""

@@ -104,7 +104,10 @@ class PackedBatch:
         """The tokens at ``indices`` (a context-parallel rank's own); cu_seqlens and advantages stay whole."""
         whole = ("cu_seqlens", "advantages")
         return PackedBatch(
-            **{f.name: getattr(self, f.name) if f.name in whole else getattr(self, f.name)[indices] for f in fields(self)}
+            **{
+                f.name: getattr(self, f.name) if f.name in whole else getattr(self, f.name)[indices]
+                for f in fields(self)
+            }
         )
 
 

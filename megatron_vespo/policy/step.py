@@ -1,0 +1,119 @@
+"""One pass of micro-batches through megatron-core's pipeline schedules: forward only, or forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vespo.objectives import ObjectiveInputs
+from megatron_vespo.objectives.inputs import Metric, Objective
+from megatron_vespo.policy.logprobs import vocab_parallel_logprobs
+from megatron_vespo.samples.packing import PackedBatch
+
+MetricTable = dict[str, tuple[float, float]]
+"""Name -> (sum, denominator): add over any split, divide once."""
+
+
+def run_micro_batches(
+    chunks: Sequence[torch.nn.Module], batches: Sequence[PackedBatch], loss: Any, *, forward_only: bool
+) -> list[Any]:
+    """Drive ``batches`` through the schedule of the layout; returns what ``loss`` reported, on the last stage.
+
+    batches: this rank's shards. loss: (batch, logits [1, T, V/tp]) -> what megatron-core's schedule expects.
+    """
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(iterator)
+        return chunk(batch.tokens[None], None, None, packed_seq_params=_packed_params(batch)), partial(loss, batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # Every model chunk of an interleaved pipeline walks the same micro-batches.
+        data_iterator=[iter(batches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=max(len(batch.tokens) for batch in batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _packed_params(batch: PackedBatch) -> PackedSeqParams:
+    starts, longest = batch.cu_seqlens, batch.max_seqlen
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        cu_seqlens_q_padded=starts,
+        cu_seqlens_kv_padded=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def logprobs_of_labels(
+    batch: PackedBatch, logits: torch.Tensor, *, vocab_size: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([T] log-probs with grad, [T] entropy) of this rank's tokens."""
+    return vocab_parallel_logprobs(
+        logits[0],
+        batch.labels,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def objective_loss(
+    objective: Objective, *, vocab_size: int, temperature: float, total_tokens: float, total_sequences: float
+) -> Any:
+    """The loss function that a training pass hands to :func:`run_micro_batches`."""
+    cp_group = parallel_state.get_context_parallel_group()
+
+    def loss(batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+        logprobs, entropy = logprobs_of_labels(batch, logits, vocab_size=vocab_size, temperature=temperature)
+        output = objective(
+            ObjectiveInputs(
+                logprobs=logprobs,
+                old_logprobs=batch.old_logprobs,
+                rollout_logprobs=batch.rollout_logprobs,
+                mask=batch.mask,
+                segment_ids=batch.segment_ids,
+                advantages=batch.advantages,
+                num_segments=batch.num_segments,
+                total_tokens=total_tokens,
+                total_sequences=total_sequences,
+                cp_group=cp_group if cp_group.size() > 1 else None,
+            )
+        )
+        entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
+        metrics = {
+            **output.metrics,
+            "loss": (output.loss.detach(), torch.zeros(())),
+            "entropy": (entropy_sum, batch.mask.sum().float()),
+        }
+        # The count of tokens is for megatron-core's own scaling, which policy/optimizer.py turns off.
+        return output.loss, torch.tensor(0, dtype=torch.int), metrics
+
+    return loss
+
+
+def sum_metrics(tables: Sequence[dict[str, Metric]]) -> MetricTable:
+    """Add the shares of all micro-batches and of all data- and context-parallel ranks; {} off the last stage."""
+    if not tables:
+        return {}
+    names = sorted(tables[0])
+    shares = torch.stack(
+        [torch.stack([part.double() for part in table[name]]) for table in tables for name in names]
+    ).reshape(len(tables), len(names), 2)
+    total = shares.sum(0)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return {name: (total[i, 0].item(), total[i, 1].item()) for i, name in enumerate(names)}
