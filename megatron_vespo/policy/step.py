@@ -97,7 +97,7 @@ def objective_loss(
         entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
         metrics = {
             **output.metrics,
-            "loss": (output.loss.detach(), torch.zeros(())),
+            "loss": (output.loss.detach(), output.loss.new_zeros(())),
             "entropy": (entropy_sum, batch.mask.sum().float()),
         }
         # The count of tokens is for megatron-core's own scaling, which policy/optimizer.py turns off.

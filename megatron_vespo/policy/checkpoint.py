@@ -1,0 +1,133 @@
+"""Save and load the trainer's state by megatron-core's dist_checkpointing, loadable under another layout.
+
+A checkpoint is a folder ``step_000010`` that appears by rename once it is whole; beside the tensors it holds
+``state.json``: the driver's own state (step, weight version, data order) and the shape of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+STATE_FILE = "state.json"
+_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_moe_experts")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the folder and what differs."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:06d}"
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint in a run's ``checkpoints`` folder."""
+    found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / STATE_FILE).exists()]
+    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The driver's state saved in a checkpoint. Raises :class:`CheckpointError`."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())["driver"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE}: not a complete checkpoint ({error})") from None
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what interrupted saves left."""
+    complete = sorted(p for p in checkpoints.glob("step_*") if (p / STATE_FILE).exists() and p.suffix != ".partial")
+    for folder in [*complete[:-keep], *checkpoints.glob("step_*.partial")]:
+        shutil.rmtree(folder)
+
+
+def save_checkpoint(
+    folder: Path,
+    models: Sequence[GPTModel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    driver_state: dict[str, Any],
+) -> None:
+    """Collective. Writes ``<folder>.partial``, then renames it."""
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(models, optimizer, scheduler, loading=False)
+    dist_checkpointing.save(state, str(partial), get_default_save_sharded_strategy("torch_dist", 1))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        record = {"driver": driver_state, "model": _shape(models[0])}
+        (partial / STATE_FILE).write_text(json.dumps(record, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    dist.barrier()
+
+
+def load_checkpoint(
+    folder: Path,
+    models: Sequence[GPTModel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    """Collective. Raises :class:`CheckpointError` when the checkpoint is of another model."""
+    saved, ours = json.loads((folder / STATE_FILE).read_text())["model"], _shape(models[0])
+    differing = [f"{key} is {saved.get(key)} there and {ours[key]} here" for key in ours if saved.get(key) != ours[key]]
+    if differing:
+        raise CheckpointError(
+            f"{folder}: a checkpoint of another model: {'; '.join(differing)}. "
+            "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
+        )
+    state = _sharded_state(models, optimizer, scheduler, loading=True)
+    loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+    for i, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{i}"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    torch.set_rng_state(loaded["rng"])
+
+
+def _shape(model: GPTModel) -> dict[str, Any]:
+    return {key: getattr(model.config, key) for key in _SHAPE} | {"vocab_size": model.vocab_size}
+
+
+def _sharded_state(
+    models: Sequence[GPTModel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    *,
+    loading: bool,
+) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    parts = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
+    # Layer numbers are global in the keys, so one flat state serves the optimizer whatever the chunks are.
+    flat = parts["model0"] if len(models) == 1 else parts
+    return {
+        **parts,
+        "optimizer": optimizer.sharded_state_dict(flat, is_loading=loading, metadata=metadata),
+        "scheduler": scheduler.state_dict(),
+        # Nothing in the model draws random numbers while training (no dropout): one state serves all ranks.
+        "rng": torch.get_rng_state(),
+    }
