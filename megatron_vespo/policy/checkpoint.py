@@ -1,7 +1,8 @@
 """Save and load the trainer's state by megatron-core's dist_checkpointing, loadable under another layout.
 
 A checkpoint is a folder ``step_000010`` that appears by rename once it is whole; beside the tensors it holds
-``state.json``: the driver's own state (step, weight version, data order) and the shape of the model.
+``state.json``: the driver's own state (step, weight version, data order) and the shape of the model. No generator's
+state is kept because none is used: the model has no dropout, and sampling seeds are counted, not drawn.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import (
@@ -101,7 +101,6 @@ def load_checkpoint(
         model.load_state_dict(loaded[f"model{i}"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
-    torch.set_rng_state(loaded["rng"])
 
 
 def _shape(model: GPTModel) -> dict[str, Any]:
@@ -128,6 +127,4 @@ def _sharded_state(
         **parts,
         "optimizer": optimizer.sharded_state_dict(flat, is_loading=loading, metadata=metadata),
         "scheduler": scheduler.state_dict(),
-        # Nothing in the model draws random numbers while training (no dropout): one state serves all ranks.
-        "rng": torch.get_rng_state(),
     }

@@ -1,0 +1,70 @@
+"""Rollout engines, each launched by a Ray actor on a node with room for it, and reached over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from megatron_vespo import platform
+from megatron_vespo.cluster.process_log import redirect_output
+from megatron_vespo.cluster.ray_cluster import ClusterError
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.rollout import HttpEngine, launch_engine
+from megatron_vespo.rollout.pool import EnginePool
+
+
+class EngineHost:
+    """Owns one engine process; when the actor goes, the engine goes."""
+
+    def __init__(self, log_file: Path) -> None:
+        redirect_output(log_file.with_suffix(".host.log"))
+        self.log_file = log_file
+
+    def launch(self, config: RunConfig, model_path: Path, index: int) -> str:
+        rollout = config.rollout
+        self.engine = launch_engine(
+            rollout.engine,
+            model_path,
+            precision=rollout.precision,
+            log_file=self.log_file,
+            engine_args=dict(rollout.engine_args),
+            seed=config.seed + index,
+            timeout_s=rollout.launch_timeout_s,
+        )
+        return self.engine.url
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+class EngineGroup:
+    """The engines of a run, as one pool. Raises :class:`ClusterError` when one cannot be launched."""
+
+    def __init__(self, config: RunConfig, logs: Path) -> None:
+        rollout = config.rollout
+        gpus = float(rollout.engine_args.get("tp-size", 1)) if platform.current().is_cuda else 0
+        self.hosts: list[Any] = []
+        urls = list(rollout.urls)
+        if not urls:
+            host = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(EngineHost)
+            self.hosts = [host.remote(logs.resolve() / f"engine-{i}.log") for i in range(rollout.engines)]
+            try:
+                urls = ray.get(
+                    [h.launch.remote(config, config.model.path.resolve(), i) for i, h in enumerate(self.hosts)]
+                )
+            except RayError as error:
+                self.close()
+                raise ClusterError(f"rollout engine: {getattr(error, 'cause', None) or error}") from None
+        self.pool = EnginePool([HttpEngine(url, request_timeout_s=rollout.request_timeout_s) for url in urls])
+
+    def close(self) -> None:
+        for host in self.hosts:
+            try:
+                ray.get(host.shutdown.remote(), timeout=30)
+            except (RayError, AttributeError):
+                pass  # it is dead already, which is what was wanted
+            ray.kill(host)
+        self.hosts = []

@@ -1,0 +1,39 @@
+"""Start a Ray cluster on this machine, or join one; end it whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from megatron_vespo.config.schema import RunConfig
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot run this layout, or a part of it died; the message says which and where its log is."""
+
+
+@contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[None]:
+    """Ray for the time of a run: ``cluster.address`` (or RAY_ADDRESS) is joined, otherwise one is started here."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    # Ranks and engines spend most of their time waiting for one another, so a laptop may hold more than it has cores.
+    seats = config.cluster.world_size + config.rollout.engines
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(
+            address=address,
+            num_cpus=None if address else max(seats, os.cpu_count() or 1),
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"cluster.address = {address!r}: Ray cannot be reached ({error})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

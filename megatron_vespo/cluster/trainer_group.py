@@ -1,0 +1,138 @@
+"""The trainer's ranks as Ray actors, spoken to as one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from megatron_vespo import platform
+from megatron_vespo.cluster.process_log import redirect_output, tail
+from megatron_vespo.cluster.ray_cluster import ClusterError
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.samples.records import Sample
+
+PLACEMENT_DEADLINE_S = 120
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class TrainerRank:
+    """Runs in a process of its own, which holds one :class:`~megatron_vespo.policy.trainer.PolicyTrainer`."""
+
+    def __init__(self, log_file: Path) -> None:
+        redirect_output(log_file)
+
+    def rendezvous(self) -> tuple[str, int]:
+        """An address of this node and a port free on it, for torch.distributed."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, config: RunConfig, rank: int, rendezvous: tuple[str, int]) -> None:
+        import torch.distributed as dist
+
+        from megatron_vespo.policy.trainer import PolicyTrainer
+
+        here = platform.current()
+        here.prepare_megatron()
+        dist.init_process_group(
+            here.distributed_backend,
+            init_method=f"tcp://{rendezvous[0]}:{rendezvous[1]}",
+            rank=rank,
+            world_size=config.cluster.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        self.trainer = PolicyTrainer(config)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.trainer, method)(*arguments)
+
+
+class TrainerGroup:
+    """All ranks; each method is one collective call of PolicyTrainer. Raises :class:`ClusterError`."""
+
+    def __init__(self, config: RunConfig, logs: Path) -> None:
+        cluster = config.cluster
+        self.logs = [logs.resolve() / f"trainer-{rank}.log" for rank in range(cluster.world_size)]
+        seat = {"CPU": 1.0, "GPU": 1.0} if platform.current().is_cuda else {"CPU": 1.0}
+        bundle = {resource: amount * cluster.ranks_per_node for resource, amount in seat.items()}
+        self.placement = placement_group([bundle] * cluster.nodes, "STRICT_SPREAD" if cluster.nodes > 1 else "PACK")
+        if not self.placement.wait(PLACEMENT_DEADLINE_S):
+            raise ClusterError(
+                f"no room for {cluster.nodes} node(s) with {bundle}: the cluster has {ray.cluster_resources()}. "
+                "Change cluster.nodes or cluster.ranks_per_node, or free the cluster."
+            )
+        self.ranks = [self._place(config, rank, seat) for rank in range(cluster.world_size)]
+        rendezvous = self._gather([self.ranks[0].rendezvous.remote()])[0]
+        self._gather([actor.start.remote(config, rank, rendezvous) for rank, actor in enumerate(self.ranks)])
+
+    def _place(self, config: RunConfig, rank: int, seat: dict[str, float]) -> Any:
+        threads = str(config.cluster.threads_per_rank)
+        options: dict[str, Any] = dict(
+            num_cpus=seat["CPU"],
+            num_gpus=seat.get("GPU", 0),
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self.placement, placement_group_bundle_index=rank // config.cluster.ranks_per_node
+            ),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        )
+        return ray.remote(**options)(TrainerRank).remote(self.logs[rank])
+
+    def _gather(self, calls: list[Any]) -> list[Any]:
+        """Results of all, or the first failure at once: the other ranks would wait for the dead one for ever."""
+        waiting = list(calls)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                rank = calls.index(done[0])
+                cause = getattr(error, "cause", None) or error
+                raise ClusterError(
+                    f"trainer rank {rank} failed: {cause}\n--- end of {self.logs[rank]}\n{tail(self.logs[rank])}"
+                ) from cause
+        return ray.get(calls)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return self._gather([actor.call.remote(method, *arguments) for actor in self.ranks])
+
+    # ------------------------------------------------------------------------------------------ collective calls
+
+    def train_mini_batch(self, samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
+        """One optimizer update. Metric name -> (sum, denominator) over the whole mini-batch."""
+        return next(metrics for metrics in self._all("train_mini_batch", ray.put(list(samples))) if metrics)
+
+    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
+        """[response] float32 log-probs of each sample under the current weights."""
+        found: dict[int, np.ndarray] = {}
+        for part in self._all("compute_logprobs", ray.put(list(samples)), temperature):
+            found.update(part)
+        return [found[i] for i in range(len(samples))]
+
+    def publish(self, folder: Path, version: int) -> Path:
+        """Write the current weights for the engines; returns the folder to load."""
+        return self._all("publish", folder, version)[0]
+
+    def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
+        self._all("save", folder.resolve(), driver_state)
+
+    def load(self, folder: Path) -> None:
+        self._all("load", folder.resolve())
+
+    def export_hf(self, folder: Path) -> None:
+        self._all("export_hf", folder.resolve())
+
+    def close(self) -> None:
+        for actor in self.ranks:
+            ray.kill(actor)
+        remove_placement_group(self.placement)
+

@@ -1,0 +1,160 @@
+"""One rank of the trainer: the policy under megatron-core, from HF checkpoint to updated weights.
+
+Every method is collective: all ranks call it with the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers import AutoConfig
+
+from megatron_vespo import platform
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives import build_objective
+from megatron_vespo.policy import checkpoint
+from megatron_vespo.policy.layout import ParallelLayout, initialize, local_indices
+from megatron_vespo.policy.model import build_model
+from megatron_vespo.policy.optimizer import build_optimizer, wrap_for_training
+from megatron_vespo.policy.step import (
+    MetricTable,
+    logprobs_of_labels,
+    objective_loss,
+    run_micro_batches,
+    sum_metrics,
+)
+from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
+from megatron_vespo.samples.records import Sample
+from megatron_vespo.weights.export import export_hf
+from megatron_vespo.weights.load import load_hf
+
+
+class PolicyTrainer:
+    """The policy, its optimizer, and what the loop asks of them. torch.distributed is initialised by the caller."""
+
+    def __init__(self, config: RunConfig) -> None:
+        platform.current().prepare_megatron()
+        self.config = config
+        self.device = platform.current().device
+        self.hf_config = AutoConfig.from_pretrained(config.model.path)
+        self.layout = ParallelLayout.from_config(
+            config.parallel, dist.get_world_size(), getattr(self.hf_config, "num_experts", None)
+        )
+        initialize(self.layout, config.seed)
+        self.models = build_model(self.hf_config, config.model, self.layout)
+        load_hf(self.models, config.model.path)
+        sharded = config.parallel.distributed_optimizer
+        self.chunks = wrap_for_training(self.models, distributed_optimizer=sharded)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.chunks,
+            config.optimizer,
+            dtype=getattr(torch, config.model.dtype),
+            distributed_optimizer=sharded,
+            total_updates=config.train.steps * config.train.mini_batches,
+        )
+        self.objective = build_objective(
+            config.objective.name,
+            aggregation=config.objective.aggregation,
+            correction=config.objective.correction,
+            **config.objective.params,
+        )
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def train_mini_batch(self, samples: Sequence[Sample]) -> MetricTable:
+        """One optimizer update on ``samples`` (advantages set). Metrics on the last pipeline stage, else {}."""
+        loss = objective_loss(
+            self.objective,
+            vocab_size=self.hf_config.vocab_size,
+            temperature=self.config.rollout.temperature,
+            total_tokens=float(sum(int(s.loss_mask.sum()) for s in samples)),
+            total_sequences=float(len(samples)),
+        )
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        tables = run_micro_batches(self.chunks, self._batches(samples), loss, forward_only=False)
+        self.scheduler.step(1)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        metrics = sum_metrics(tables)
+        if metrics:
+            # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
+            metrics |= {"loss": (metrics["loss"][0], 1.0), "lr": (learning_rate, 1.0), "grad_norm": (float(grad_norm), 1.0)}
+        return metrics
+
+    @torch.no_grad()
+    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
+        """Position in ``samples`` -> [response] float32 log-probs now.
+
+        Each sample is reported by exactly one rank (a last stage, first tensor- and context-parallel rank).
+        """
+        plan = self._plan(samples)
+        vocab_size = self.hf_config.vocab_size
+
+        def collect(batch: PackedBatch, logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return logprobs_of_labels(batch, logits, vocab_size=vocab_size, temperature=temperature)[0]
+
+        batches = self._batches(samples)
+        shards = run_micro_batches(self.chunks, batches, collect, forward_only=True)
+        found: dict[int, np.ndarray] = {}
+        for members, batch, shard in zip(plan, batches, shards, strict=bool(shards)):
+            row = self._unshard(shard, batch)
+            for position, start in zip(members, batch.cu_seqlens.tolist(), strict=False):
+                sample = samples[position]
+                first = start + len(sample.prompt.tokens) - 1
+                found[position] = row[first : first + len(sample.response_tokens)].copy()
+        return found if self._reports() else {}
+
+    def _plan(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        return plan_micro_batches(
+            [sample.length for sample in samples],
+            data_parallel=parallel_state.get_data_parallel_world_size(),
+            token_budget=self.config.train.tokens_per_micro_batch,
+            multiple_of=self.layout.pipeline if self.layout.virtual_pipeline else 1,
+        )[parallel_state.get_data_parallel_rank()]
+
+    def _batches(self, samples: Sequence[Sample]) -> list[PackedBatch]:
+        """This rank's micro-batches: its data-parallel share, its context-parallel shard, on its device."""
+        batches = []
+        for members in self._plan(samples):
+            whole = pack([samples[i] for i in members], align=self.layout.sequence_alignment)
+            batches.append(whole.shard(self._local(whole.cu_seqlens)).to(self.device))
+        return batches
+
+    def _local(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return local_indices(
+            cu_seqlens,
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
+
+    def _unshard(self, shard: torch.Tensor, batch: PackedBatch) -> np.ndarray:
+        row = shard.new_zeros(int(batch.cu_seqlens[-1]))
+        row[self._local(batch.cu_seqlens.cpu()).to(row.device)] = shard
+        if self.layout.context > 1:
+            dist.all_reduce(row, group=parallel_state.get_context_parallel_group())
+        return row.cpu().numpy()
+
+    def _reports(self) -> bool:
+        return (
+            parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+        )
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full HF tensors one at a time, on rank 0; the other ranks iterate along and get nothing."""
+        return export_hf(self.models, self.hf_config)
+
+    def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
+        checkpoint.save_checkpoint(folder, self.models, self.optimizer, self.scheduler, driver_state)
+
+    def load(self, folder: Path) -> None:
+        checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
