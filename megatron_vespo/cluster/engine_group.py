@@ -45,7 +45,7 @@ class EngineGroup:
 
     def __init__(self, config: RunConfig, logs: Path) -> None:
         rollout = config.rollout
-        gpus = float(rollout.engine_args.get("tp-size", 1)) if platform.current().is_cuda else 0
+        gpus = float(rollout.engine_args.get("tp-size", 1)) if platform.current().name == "cuda" else 0
         self.hosts: list[Any] = []
         urls = list(rollout.urls)
         if not urls:

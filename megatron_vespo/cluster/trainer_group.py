@@ -62,7 +62,7 @@ class TrainerGroup:
     def __init__(self, config: RunConfig, logs: Path) -> None:
         cluster = config.cluster
         self.logs = [logs.resolve() / f"trainer-{rank}.log" for rank in range(cluster.world_size)]
-        seat = {"CPU": 1.0, "GPU": 1.0} if platform.current().is_cuda else {"CPU": 1.0}
+        seat = {"CPU": 1.0, "GPU": 1.0} if platform.current().name == "cuda" else {"CPU": 1.0}
         bundle = {resource: amount * cluster.ranks_per_node for resource, amount in seat.items()}
         self.placement = placement_group([bundle] * cluster.nodes, "STRICT_SPREAD" if cluster.nodes > 1 else "PACK")
         if not self.placement.wait(PLACEMENT_DEADLINE_S):

@@ -5,6 +5,7 @@ Every method is collective: all ranks call it with the same arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class PolicyTrainer:
         self.device = platform.current().device
         self.hf_config = AutoConfig.from_pretrained(config.model.path)
         self.layout = ParallelLayout.from_config(
-            config.parallel, dist.get_world_size(), getattr(self.hf_config, "num_experts", None)
+            config.parallel, dist.get_world_size(), getattr(self.hf_config, "num_experts", 0)
         )
         initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
@@ -122,9 +123,10 @@ class PolicyTrainer:
 
     def _batches(self, samples: Sequence[Sample]) -> list[PackedBatch]:
         """This rank's micro-batches: its data-parallel share, its context-parallel shard, on its device."""
+        align = math.lcm(self.layout.sequence_multiple, self.layout.row_multiple)
         batches = []
         for members in self._plan(samples):
-            whole = pack([samples[i] for i in members], align=self.layout.sequence_alignment)
+            whole = pack([samples[i] for i in members], align=align)
             batches.append(whole.shard(self._local(whole.cu_seqlens)).to(self.device))
         return batches
 

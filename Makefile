@@ -1,0 +1,49 @@
+# Two commands do all the set-up themselves: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch comes from wherever pip finds it; point TORCH_INDEX at torch's CPU index to save a large download.
+TORCH_INDEX ?=
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: env quickstart test test-fast test-sglang sglang lint clean
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# A small MoE is made, warmed up, converted to Megatron, trained with VESPO on 2 ranks and reported on.
+# `make quickstart ARGS="parallel.tensor=2 train.steps=3"` changes any setting.
+quickstart: env
+	$(BIN)/python -m megatron_vespo.quickstart runs/quickstart_model
+	$(BIN)/python -m megatron_vespo train model_configs/quickstart.yaml $(ARGS)
+
+test: env lint
+	$(BIN)/python -m pytest
+
+test-fast: env
+	$(BIN)/python -m pytest -m 'not slow'
+
+# The engine suite against real SGLang on this machine's CPU (1.7 GB of packages in the same environment).
+sglang: $(VENV)/.sglang
+
+$(VENV)/.sglang: $(VENV)/.installed tools/install_sglang_cpu.sh
+	PYTHON=$(BIN)/python bash tools/install_sglang_cpu.sh
+	touch $@
+
+test-sglang: sglang
+	$(BIN)/python -m pytest -m sglang
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,90 @@
+"""The command line: ``megatron-vespo train CONFIG [key=value ...]`` and its siblings.
+
+Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_vespo.config.load import ConfigError, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    # Quiet libraries that would look for a hub, a telemetry server or a terminal.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return options.run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; every process of the run has been ended", file=sys.stderr)
+        return 130
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-vespo", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a policy")
+    train.add_argument("config", type=Path, help="a YAML file, such as model_configs/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    train.add_argument("--dry-run", action="store_true", help="resolve, check and show the plan; start nothing")
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="write report.html of a run directory")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    resolved = load_config(options.config, options.overrides)
+    from megatron_vespo.loop.preflight import check_run
+
+    plan = check_run(resolved.run)
+    if options.dry_run:
+        print(resolved.to_yaml())
+        print(plan.describe())
+        return 0
+
+    from megatron_vespo.cluster.ray_cluster import ClusterError
+    from megatron_vespo.loop.run import SyncError, open_run
+    from megatron_vespo.loop.synchronous import train
+    from megatron_vespo.rollout.protocol import EngineError
+
+    try:
+        with open_run(resolved) as run:
+            train(run)
+            print(run.summary())
+    except (ClusterError, EngineError, SyncError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if not (options.run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"{options.run_dir}: no metrics.jsonl there; give the directory of a run")
+    from megatron_vespo.observe.report import write_report
+
+    print(write_report(options.run_dir))
+    return 0

@@ -1,0 +1,263 @@
+"""The parts of one run, and the verbs the algorithms are written in (synchronous.py, evaluate.py)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vespo.cluster.engine_group import EngineGroup
+from megatron_vespo.cluster.ray_cluster import ray_cluster
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.config.load import ResolvedConfig
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.advantages import group_advantages
+from megatron_vespo.observe.metrics import MetricSums
+from megatron_vespo.observe.progress import Progress
+from megatron_vespo.observe.report import write_report
+from megatron_vespo.observe.timing import PhaseTimer
+from megatron_vespo.observe.writer import RunWriter
+from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
+from megatron_vespo.rewards import build_reward
+from megatron_vespo.rewards.worker import RewardWorkers
+from megatron_vespo.rollout.protocol import SamplingParams
+from megatron_vespo.rollout.sampling import sample_groups
+from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.samples.records import Prompt, Sample
+
+PROBE_SEQUENCES = 4
+
+
+class SyncError(RuntimeError):
+    """The engines do not compute what the trainer computes after a weight sync."""
+
+
+@dataclass
+class Run:
+    """Everything a loop needs. ``step`` counts rollout batches trained, ``version`` optimizer updates."""
+
+    config: RunConfig
+    trainers: TrainerGroup
+    engines: EngineGroup
+    rewards: RewardWorkers
+    prompts: PromptStream
+    held_out: list[Prompt]
+    tokenizer: Any
+    writer: RunWriter
+    progress: Progress
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    step: int = 0
+    version: int = 0
+    metrics: MetricSums = field(default_factory=MetricSums)
+    probe: list[Sample] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self.timer.phase(name)
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    # ------------------------------------------------------------------------------------------ rollout and reward
+
+    def sampling(self, temperature: float, top_p: float = 1.0, top_k: int = -1) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.config.rollout.max_response_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_token_ids=(self.tokenizer.eos_token_id,),
+        )
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int, *, batch: str
+    ) -> list[Sample]:
+        return sample_groups(
+            self.engines.pool,
+            prompts,
+            sampling,
+            samples_per_prompt=samples_per_prompt,
+            batch=f"{self.step}/{batch}",
+            seed=(self.config.seed, self.step, len(batch)),
+            tokenizer=self.tokenizer,
+        )
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        settings = self.config.rollout
+        sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
+        return self.sample(prompts, sampling, settings.samples_per_prompt, batch="train")
+
+    def score(self, samples: Sequence[Sample]) -> None:
+        graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
+        for sample, result in zip(samples, graded, strict=True):
+            sample.reward = result.reward
+            if result.error:
+                sample.metadata["reward_error"] = result.error
+
+    def assign_advantages(self, samples: Sequence[Sample]) -> None:
+        size = self.config.rollout.samples_per_prompt
+        advantages = group_advantages(
+            torch.tensor([s.reward for s in samples], dtype=torch.float32),
+            torch.arange(len(samples)) // size,
+            self.config.objective.advantage,
+        )
+        for sample, advantage in zip(samples, advantages.tolist(), strict=True):
+            sample.advantage = advantage
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
+        """log pi_old: the trainer still holds the weights that sampled."""
+        found = self.trainers.compute_logprobs(samples, self.config.rollout.temperature)
+        for sample, logprobs in zip(samples, found, strict=True):
+            sample.old_logprobs = logprobs
+
+    def update_policy(self, mini_batch: Sequence[Sample]) -> None:
+        """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
+        self.metrics.merge(self.trainers.train_mini_batch(mini_batch))
+        lag = self.version - np.concatenate([s.weight_versions for s in mini_batch])
+        self.metrics.add("staleness", float(lag.sum()), float(len(lag)))
+        self.version += 1
+
+    def sync_weights(self) -> None:
+        """Bring every engine to the current version, and measure that it computes what the trainer computes."""
+        folder = self.trainers.publish(self.sync_folder, self.version)
+        self.engines.pool.update_weights_from_disk(folder, self.version)
+        if not self.probe:
+            return
+        expected = self.trainers.compute_logprobs(self.probe, 1.0)
+        sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
+        worst = 0.0
+        for engine in self.engines.pool.engines:
+            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True):
+                theirs = scored[len(sample.prompt.tokens) - 1 :]
+                worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)))
+        self.metrics.add("sync_probe_max", worst, 1.0)
+        tolerance = self.config.sync.probe_tolerance
+        if tolerance is not None and not worst <= tolerance:
+            raise SyncError(
+                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by {worst:.3g} "
+                f"(sync.probe_tolerance = {tolerance:g}): the weights did not arrive whole, or the precisions differ"
+            )
+
+    @property
+    def sync_folder(self) -> Path:
+        return self.config.sync.folder or _sync_folder(self.config.directory)
+
+    # ------------------------------------------------------------------------------------------ records
+
+    def record_step(self, samples: Sequence[Sample]) -> None:
+        """One line of metrics.jsonl and of the screen; a few samples to read."""
+        self.probe = self.probe or [s for s in samples if len(s.response_tokens)][:PROBE_SEQUENCES]
+        seconds = self.timer.take()
+        response_tokens = sum(len(s.response_tokens) for s in samples)
+        record = {
+            "step": self.step,
+            "version": self.version,
+            "time": time.time(),
+            "reward": float(np.mean([s.reward for s in samples])),
+            "accuracy": float(np.mean([(s.reward or 0.0) >= 1.0 for s in samples])),
+            "reward_errors": sum("reward_error" in s.metadata for s in samples),
+            "response_length": response_tokens / len(samples),
+            "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
+            "tokens_per_s": sum(s.length for s in samples) / sum(seconds.values()),
+            **self.metrics.means(),
+            "seconds": seconds,
+        }
+        self.metrics = MetricSums()
+        self.writer.step(record)
+        self.writer.samples(self.step, samples[: self.config.log.samples_per_step])
+        self.progress.step(record)
+
+    def record_evaluation(self, result: dict[str, float]) -> None:
+        self.evaluations.append(result)
+        self.writer.evaluation(self.step, result)
+        self.progress.evaluation(self.step, result)
+
+    def save_checkpoint(self) -> None:
+        with self.phase("checkpoint"):
+            folder = self.config.directory / "checkpoints"
+            state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()}
+            self.trainers.save(step_folder(folder, self.step), state)
+            prune(folder, self.config.checkpoint.keep)
+
+    def finish(self) -> None:
+        """The last checkpoint, the HF export and the report."""
+        self.save_checkpoint()
+        if self.config.checkpoint.export_hf:
+            self.trainers.export_hf(self.config.directory / "hf")
+        self.writer.close()
+        write_report(self.config.directory)
+
+
+@contextmanager
+def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
+    """Start every part, hand over the run, and end every part whatever happens."""
+    from transformers import AutoTokenizer
+
+    config = resolved.run
+    directory = config.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
+    checkpoint = newest(directory / "checkpoints") if config.checkpoint.resume else None
+    state = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
+    held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
+
+    with ExitStack() as stack:
+        writer = stack.enter_context(RunWriter(config, resume_step=state["step"]))
+        stack.enter_context(ray_cluster(config))
+        rewards = RewardWorkers(build_reward(config.reward.name), config.reward.workers, config.reward.timeout_s)
+        stack.callback(rewards.close)
+        engines = EngineGroup(config, directory / "logs")
+        stack.callback(engines.close)
+        trainers = TrainerGroup(config, directory / "logs")
+        stack.callback(trainers.close)
+        stack.callback(shutil.rmtree, config.sync.folder or _sync_folder(directory), ignore_errors=True)
+        run = Run(
+            config=config,
+            trainers=trainers,
+            engines=engines,
+            rewards=rewards,
+            prompts=prompts,
+            held_out=held_out[: config.evaluate.max_prompts],
+            tokenizer=tokenizer,
+            writer=writer,
+            progress=stack.enter_context(Progress(config.train.steps, state["step"])),
+            step=state["step"],
+            version=state["version"],
+        )
+        if checkpoint:
+            trainers.load(checkpoint)
+            prompts.restore(state["prompts"])
+            run.sync_weights()
+        yield run
+
+
+def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
+    data = config.data
+    return load_prompts(
+        path,
+        tokenizer,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        template=data.template,
+        suffix=data.suffix,
+        max_prompt_tokens=data.max_prompt_tokens,
+    )
+
+
+def _sync_folder(directory: Path) -> Path:
+    """Memory shared by the processes of one node is the fastest disk; the run's own folder where there is none."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        return directory.resolve() / "sync"
+    return shared / f"megatron_vespo-{directory.resolve().as_posix().strip('/').replace('/', '-')}"

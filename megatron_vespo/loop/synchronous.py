@@ -1,0 +1,45 @@
+"""Synchronous training: one rollout batch at a time, cut into N mini-batches (split staleness 0..N-1)."""
+
+from __future__ import annotations
+
+from megatron_vespo.loop.evaluate import evaluate
+from megatron_vespo.loop.run import Run
+from megatron_vespo.samples.records import Sample
+
+
+def train(run: Run) -> None:
+    """From where the run stands to ``train.steps``."""
+    config = run.config
+    if run.step == 0:
+        evaluate(run)
+
+    while run.step < config.train.steps:
+        with run.phase("rollout"):
+            samples = run.rollout(run.prompts.next(config.train.prompts_per_step))
+        with run.phase("reward"):
+            run.score(samples)
+        run.assign_advantages(samples)
+        with run.phase("old log-probs"):
+            run.recompute_old_logprobs(samples)
+
+        for mini_batch in split(samples, config.train.mini_batches):
+            with run.phase("train"):
+                run.update_policy(mini_batch)
+        run.step += 1
+
+        with run.phase("sync"):
+            run.sync_weights()
+        run.record_step(samples)
+        if run.due(config.evaluate.every) and run.step < config.train.steps:
+            evaluate(run)
+        if run.due(config.checkpoint.every):
+            run.save_checkpoint()
+
+    evaluate(run)
+    run.finish()
+
+
+def split(samples: list[Sample], parts: int) -> list[list[Sample]]:
+    """Whole prompt groups, in order; the config has checked that the count divides."""
+    size = len(samples) // parts
+    return [samples[i : i + size] for i in range(0, len(samples), size)]

@@ -1,0 +1,59 @@
+"""From prompts to samples: one request a prompt group, seeds counted from the run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.rollout.pool import EnginePool
+from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
+from megatron_vespo.samples.records import Prompt, Sample
+
+
+def sample_groups(
+    pool: EnginePool,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    *,
+    samples_per_prompt: int,
+    batch: str,
+    seed: Sequence[int],
+    tokenizer: Any,
+) -> list[Sample]:
+    """``samples_per_prompt`` responses to each prompt, groups side by side in the order of ``prompts``.
+
+    batch: names the rollout batch in the samples' ids. seed: numbers that, with the prompt's place, make its seed, so
+    that a resumed run draws what the undisturbed one would have drawn.
+    """
+    requests = [
+        GenerateRequest(
+            id=f"{batch}/{prompt.id}",
+            prompt_tokens=prompt.tokens,
+            sampling=sampling,
+            n=samples_per_prompt,
+            seed=int(np.random.SeedSequence([*seed, place]).generate_state(1)[0] & 0x7FFFFFFF),
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+    groups = pool.generate(requests)
+    return [
+        _sample(f"{request.id}/{i}", prompt, generation, tokenizer)
+        for prompt, request, group in zip(prompts, requests, groups, strict=True)
+        for i, generation in enumerate(group)
+    ]
+
+
+def _sample(name: str, prompt: Prompt, generation: Generation, tokenizer: Any) -> Sample:
+    return Sample(
+        id=name,
+        prompt=prompt,
+        response_tokens=generation.tokens,
+        rollout_logprobs=generation.logprobs,
+        weight_versions=generation.weight_versions,
+        loss_mask=np.ones(len(generation.tokens), bool),
+        finish_reason=generation.finish_reason,
+        text=tokenizer.decode(generation.tokens, skip_special_tokens=True),
+        routed_experts=generation.routed_experts,
+    )
