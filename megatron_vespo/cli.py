@@ -57,7 +57,7 @@ def _train(options: argparse.Namespace) -> int:
     resolved = load_config(options.config, options.overrides)
     from megatron_vespo.loop.preflight import check_run
 
-    plan = check_run(resolved.run)
+    plan = check_run(resolved.run, dry_run=options.dry_run)
     if options.dry_run:
         print(resolved.to_yaml())
         print(plan.describe())

@@ -22,6 +22,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: Path
     """Folder of the HF checkpoint to start from: config.json, safetensors, tokenizer."""
+    shape: Path | None = None
+    """Folder with a config.json to plan with (--dry-run) on a machine that does not have the checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the trainer's weights and activations; the optimizer keeps float32 masters."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"

@@ -1,0 +1,118 @@
+"""Everything that can be refused before a process is started or a GPU taken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_vespo.config.load import ConfigError
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives import build_objective
+from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.memory import MemoryEstimate, estimate_memory
+from megatron_vespo.policy.model import check_layout
+
+GIB = 1 << 30
+
+
+@dataclass
+class Plan:
+    """What a run would do, for ``--dry-run``."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    memory: MemoryEstimate
+    missing: list[str] = field(default_factory=list)
+    """What is not on this machine, and would end a real run here."""
+
+    def describe(self) -> str:
+        config, layout, memory = self.config, self.layout, self.memory
+        sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
+        parts = ("weights", "gradients", "optimizer", "activations")
+        by_part = ", ".join(f"{part} {getattr(memory, part) / GIB:.1f}" for part in parts)
+        lines = [
+            f"model        {memory.parameters / 1e9:.2f} B parameters, {memory.active_parameters / 1e9:.2f} B active",
+            f"layout       {layout.world_size} ranks: tensor {layout.tensor}, pipeline {layout.pipeline}, "
+            f"context {layout.context}, data {layout.data}; expert {layout.expert} x tensor {layout.expert_tensor}",
+            f"memory/rank  about {memory.total / GIB:.1f} GiB: {by_part}",
+            f"rollout      {sequences} sequences a step from {config.rollout.engines} {config.rollout.engine} engine(s)",
+            f"training     {config.train.steps} steps x {config.train.mini_batches} updates of "
+            f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
+            f"run          {config.directory}",
+        ]
+        return "\n".join(lines + [f"missing      {item}" for item in self.missing])
+
+
+def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
+    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists absent files instead."""
+    missing = _absent_files(config)
+    if missing and not dry_run:
+        raise ConfigError("\n".join(missing))
+    hf_config = _model_config(config)
+    _check_counts(config, hf_config)
+    try:
+        layout = ParallelLayout.from_config(
+            config.parallel, config.cluster.world_size, getattr(hf_config, "num_experts", 0)
+        )
+        check_layout(hf_config, layout)
+        build_objective(
+            config.objective.name,
+            aggregation=config.objective.aggregation,
+            correction=config.objective.correction,
+            **config.objective.params,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from None
+    return Plan(config, layout, estimate_memory(hf_config, config, layout), missing)
+
+
+def _absent_files(config: RunConfig) -> list[str]:
+    found = []
+    if not (config.model.path / "config.json").is_file():
+        found.append(f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint")
+    elif not any(config.model.path.glob("*.safetensors")):
+        found.append(f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded")
+    for name, path in (("data.train", config.data.train), ("data.evaluate", config.data.evaluate)):
+        if path is not None and not path.is_file():
+            found.append(f"{name} = {path}: no such file; give a JSONL file of problems")
+    return found
+
+
+def _model_config(config: RunConfig) -> Any:
+    folder = config.model.path if (config.model.path / "config.json").is_file() else config.model.shape
+    if folder is None:
+        raise ConfigError(f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint")
+    return read_hf_config(folder)
+
+
+def read_hf_config(folder: Path) -> Any:
+    """The checkpoint's own config. Raises :class:`ConfigError`."""
+    try:
+        json.loads((folder / "config.json").read_text())
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: not a model config that transformers reads ({error})") from None
+
+
+def _check_counts(config: RunConfig, hf_config: Any) -> None:
+    train, rollout = config.train, config.rollout
+    if train.prompts_per_step % train.mini_batches:
+        raise ConfigError(
+            f"train.mini_batches = {train.mini_batches} does not divide train.prompts_per_step = "
+            f"{train.prompts_per_step}; a mini-batch holds whole prompt groups"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    limit = getattr(hf_config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model has {limit} positions; "
+            "lower one of them"
+        )
+    if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
+        raise ConfigError(
+            "rollout.samples_per_prompt = 1 with a group advantage gives every sample the advantage 0; sample at least 2"
+        )

@@ -1,0 +1,68 @@
+"""What a layout needs of each rank's memory, from the model's shape alone (nothing is allocated)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.layout import ParallelLayout
+
+GRADIENT_BYTES = 4  # float32, as policy/optimizer.py reduces them
+OPTIMIZER_BYTES = 12  # float32 master weight and two moments
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the fullest rank, and the model's size in parameters."""
+
+    parameters: int
+    active_parameters: int
+    """Those that one token passes through."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -> MemoryEstimate:
+    """Weights, gradients and optimizer exactly as sharded (norms counted as if sharded too); activations roughly:
+    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise, and the logits."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    dense = sum(sizes.values()) - experts
+    routed = getattr(hf_config, "num_experts_per_tok", 0) or 0
+    active = dense + (experts * routed // hf_config.num_experts if experts else 0)
+
+    dense_here = dense // (layout.tensor * layout.pipeline)
+    experts_here = experts // (layout.expert * layout.expert_tensor * layout.pipeline)
+    width = getattr(torch, config.model.dtype).itemsize
+    expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
+    sharded = config.parallel.distributed_optimizer
+    optimizer = OPTIMIZER_BYTES if width < 4 else OPTIMIZER_BYTES - 4  # float32 weights are their own masters
+    states = dense_here // (layout.data * layout.context if sharded else 1)
+    states += experts_here // (expert_replicas if sharded else 1)
+
+    tokens = config.train.tokens_per_micro_batch // layout.context
+    rows = tokens // (layout.tensor if layout.sequence else 1)
+    tensors_a_layer = 1 if config.model.recompute == "full" else 16
+    in_flight = layout.pipeline  # micro-batches a 1F1B first stage holds
+    layers = hf_config.num_hidden_layers // layout.pipeline
+    logits = tokens * hf_config.vocab_size // layout.tensor * (width + 4 + 4)
+    return MemoryEstimate(
+        parameters=dense + experts,
+        active_parameters=active,
+        weights=(dense_here + experts_here) * width,
+        gradients=(dense_here + experts_here) * GRADIENT_BYTES,
+        optimizer=states * optimizer,
+        activations=rows * hf_config.hidden_size * width * tensors_a_layer * layers * in_flight + logits,
+    )
