@@ -1,0 +1,74 @@
+"""The one door to what differs between a CPU and a GPU machine. Everything else asks ``current()``."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Literal, Protocol
+
+import torch
+
+PlatformName = Literal["cpu", "cuda"]
+DistributedBackend = Literal["gloo", "nccl"]
+LayerSpecKind = Literal["local", "transformer_engine"]
+
+
+class Platform(Protocol):
+    """What the rest of the project may ask about the device it runs on."""
+
+    name: PlatformName
+    distributed_backend: DistributedBackend
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process keeps its tensors."""
+
+    @property
+    def layer_spec_kind(self) -> LayerSpecKind:
+        """Which of megatron-core's layer specs ``layer_spec: auto`` means here."""
+
+    def prepare_megatron(self, threads: int | None = None) -> None:
+        """Makes megatron-core usable in this process; call it before anything of it runs.
+
+        ``threads``: CPU threads of torch; None leaves torch's own choice (OMP_NUM_THREADS). Safe to call twice.
+        Raises PlatformError where the installed megatron-core is not one that this project knows.
+        """
+
+    def seed(self, seed: int) -> None:
+        """Seeds torch on this device, and megatron-core's tensor- and expert-parallel generators.
+
+        Needs ``megatron.core.parallel_state`` to be initialised.
+        """
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held so far: device memory on CUDA (since reset_peak_memory), resident set on a CPU."""
+
+    def reset_peak_memory(self) -> None:
+        """Starts peak_memory_bytes anew (the resident set of a CPU process cannot be reset: a no-op there)."""
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that a clock read afterwards measures its work."""
+
+
+class PlatformError(RuntimeError):
+    """This machine, or the installed version of a library, is not one that the project knows how to run on."""
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex() -> bool:
+    return importlib.util.find_spec("apex") is not None
+
+
+@cache
+def current() -> Platform:
+    """The platform of this process: CUDA if torch sees a device, else the CPU."""
+    if torch.cuda.is_available():
+        from megatron_vespo.platform.cuda import CudaPlatform
+
+        return CudaPlatform()
+    from megatron_vespo.platform.cpu import CpuPlatform
+
+    return CpuPlatform()

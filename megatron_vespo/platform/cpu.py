@@ -1,0 +1,48 @@
+"""A machine without a GPU: gloo, one device, megatron-core adapted by megatron_cpu.py."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformName
+
+
+class CpuPlatform:
+    name: PlatformName = "cpu"
+    distributed_backend: DistributedBackend = "gloo"
+
+    @property
+    def layer_spec_kind(self) -> LayerSpecKind:
+        return "local"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def prepare_megatron(self, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        # phi and Adam's second moments reach denormals, and a CPU computes those many times slower.
+        torch.set_flush_denormal(True)
+        from megatron_vespo.platform import adam, megatron_cpu
+
+        megatron_cpu.install()
+        adam.install()
+
+    def seed(self, seed: int) -> None:
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+    def peak_memory_bytes(self) -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def reset_peak_memory(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
