@@ -23,13 +23,16 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
     # Ranks and engines spend most of their time waiting for one another, so a laptop may hold more than it has cores.
     seats = config.cluster.world_size + config.rollout.engines
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs workers at low priority by default, which starves trainers beside anything else on the node.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(
             address=address,
             num_cpus=None if address else max(seats, os.cpu_count() or 1),
             include_dashboard=None if address else False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError) as error:
         raise ClusterError(f"cluster.address = {address!r}: Ray cannot be reached ({error})") from None
