@@ -1,0 +1,57 @@
+"""VESPO: variational sequence-level soft policy optimization (arXiv 2602.10693v3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vespo.objectives.inputs import Metric
+from megatron_vespo.objectives.metrics import moments, per_sequence
+from megatron_vespo.objectives.ratios import LOG_RATIO_BOUND, Ratios
+
+
+@dataclass(frozen=True, slots=True)
+class Vespo:
+    """l_t = -sg[phi(W)] A log pi_t,    phi(W) = W^c1 exp(c2 (1 - W)),    log W = sum over the response's tokens.
+
+    Source: eq. 17, shifted so that phi(1) = 1, and the pseudo-code of Appendix I. ``c_pos`` = (c1, c2) of responses with
+    A >= 0, ``c_neg`` of those with A < 0; the defaults are the paper's for every experiment (the docstring of the authors' code
+    names others, its signature and scripts these). The score is summed over tokens and W is not normalised by length
+    (the paper's own ablation of 1/T and 1/sqrt(T) was unstable). No KL term, no entropy bonus.
+
+    Numerics, beside the authors' code. That code clamps each token's log-ratio and the sum to +-20, then floors W at 1e-8.
+    Here only the sum is clamped, to +-20, which moves phi by less than 1e-15 for the default c; it keeps c2 W finite.
+    The per-token clamp is left out, since it changes W wherever a large token is made up for by others; the floor is left
+    out, since in log space exp underflows to 0 by itself; and NaN is not turned into phi = 0, it reaches the loss.
+    The sign is read from the response's advantage, not from its first token's, which may be masked.
+
+    Raises ValueError where c1 or c2 is negative or not finite.
+    """
+
+    c_pos: Sequence[float] = (2.0, 3.0)
+    c_neg: Sequence[float] = (3.0, 2.0)
+
+    def __post_init__(self) -> None:
+        for name in ("c_pos", "c_neg"):
+            pair = getattr(self, name)
+            if not isinstance(pair, Sequence) or len(pair) != 2 or not all(0 <= c < math.inf for c in pair):
+                raise ValueError(f"vespo: {name} must be a pair (c1, c2) of finite numbers >= 0, got {pair!r}")
+
+    def __call__(self, ratios: Ratios) -> tuple[torch.Tensor, dict[str, Metric]]:
+        positive = ratios.advantages >= 0
+        phi = torch.where(positive, kernel(ratios.log_w, *self.c_pos), kernel(ratios.log_w, *self.c_neg))
+        token_loss = -ratios.to_tokens(phi * ratios.advantages) * ratios.logprobs
+        metrics = moments(ratios, "phi", phi) | {
+            "phi_positive/mean": per_sequence(ratios, phi, among=positive),
+            "phi_negative/mean": per_sequence(ratios, phi, among=~positive),
+        }
+        return token_loss, metrics
+
+
+def kernel(log_w: torch.Tensor, c1: float, c2: float) -> torch.Tensor:
+    """phi(W) = W^c1 exp(c2 (1 - W)), elementwise from log W, in log space; peak (c1/c2)^c1 exp(c2 - c1) at W = c1/c2."""
+    log_w = log_w.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return torch.exp(c1 * log_w - c2 * torch.expm1(log_w))
