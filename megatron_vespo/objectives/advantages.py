@@ -13,7 +13,7 @@ STD_EPSILON = 1e-6
 def group_advantages(
     rewards: torch.Tensor, group_ids: torch.Tensor, mode: Literal["group-mean", "group-mean-std"] = "group-mean-std"
 ) -> torch.Tensor:
-    """A_i = r_i - mean of its group (VESPO arXiv 2602.10693v3, eq. 20), or that / (std + 1e-6) (GRPO, arXiv 2402.03300).
+    """A_i = r_i - mean of its group (VESPO, arXiv 2602.10693v3, eq. 20), or that / (std + 1e-6) (GRPO, 2402.03300).
 
     The standard deviation is the unbiased one (n - 1). A group of one, or in which all rewards are equal, says nothing
     about its responses: exactly 0.

@@ -83,7 +83,8 @@ def build_objective(
     try:
         inspect.signature(factory).bind(**params)
     except TypeError as error:
-        known = ", ".join(str(parameter) for parameter in inspect.signature(factory).parameters.values())
+        parameters = inspect.signature(factory).parameters.values()
+        known = ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
         raise ValueError(f"objective {name!r}: {error}; its parameters are: {known or 'none'}") from None
     return ComposedObjective(
         name=name,

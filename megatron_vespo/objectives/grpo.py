@@ -16,8 +16,8 @@ class Grpo:
     """l_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A),    and for A < 0 at most -dual_clip A.
 
     Source: DeepSeekMath (arXiv 2402.03300) eq. 3 without its KL term; separate bounds ("clip-higher", 0.2 / 0.28) are
-    DAPO's (arXiv 2503.14476, eq. 8) and the VESPO paper's GRPO baseline; dual clip is arXiv 1912.09729 eq. 5, c = 3 as in
-    verl; None leaves it out. With aggregation ``constant`` and advantages ``group-mean`` this is Dr.GRPO.
+    DAPO's (arXiv 2503.14476, eq. 8) and the VESPO paper's GRPO baseline; dual clip is that of arXiv 1912.09729, c = 3
+    as in verl, None leaves it out. With aggregation ``constant`` and advantages ``group-mean`` this is Dr.GRPO.
 
     Beyond |log r| = 20 the ratio is a constant: exp would reach inf and its gradient NaN. That concerns only A < 0,
     r > 4.9e8 without dual clip; elsewhere such a token is clipped anyway.

@@ -58,7 +58,8 @@ class ObjectiveInputs:
             raise ValueError(f"segment_ids must be an int64 tensor, got {self.segment_ids.dtype}; use .long()")
         if self.advantages.shape != (self.num_segments,):
             raise ValueError(
-                f"advantages has shape {list(self.advantages.shape)}, num_segments is {self.num_segments}: one a response"
+                f"advantages has shape {list(self.advantages.shape)}, num_segments is {self.num_segments}: "
+                "one per response"
             )
         if not (self.total_tokens > 0 and self.total_sequences > 0):
             raise ValueError(

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from megatron_vespo.objectives.inputs import Metric
-from megatron_vespo.objectives.ratios import Ratios, bounded_exp
+from megatron_vespo.objectives.ratios import LOG_RATIO_BOUND, Ratios, bounded_exp
 
 WEIGHTS = frozenset({"w", "phi"})
 """Quantities that weigh samples, so that an effective sample size means something."""
@@ -53,10 +53,12 @@ def moments(ratios: Ratios, name: str, values: torch.Tensor) -> dict[str, Metric
 def ratio_metrics(ratios: Ratios) -> dict[str, Metric]:
     """What every objective reports: the sequence weight with its two factors, and the per-token differences.
 
-    ``w``, ``log_w``: of the ratio that the objective sees. ``log_w_stale``, ``log_w_engine``: its factors. ``w`` is exp of log W
-    within +-LOG_RATIO_BOUND. ``rollout_logprob_diff``: mean |log pi_old - log mu| per token. ``k3_engine``, ``k3_stale``:
-    exp(r) - 1 - r of the token's log W_engine and log W_stale, an estimate (nats per token) of KL(mu || pi_old) and
-    KL(pi_old || pi) that cannot be negative (Schulman, http://joschu.net/blog/kl-approx.html).
+    w, log_w                   of the ratio that the objective sees; w is exp of log W within +-LOG_RATIO_BOUND
+    log_w_stale, log_w_engine  the two factors of pi / mu, whatever the correction
+    rollout_logprob_diff       |log pi_old - log mu| per token
+    k3_engine, k3_stale        exp(r) - 1 - r with the token's log W_engine or log W_stale as r: nats per token of
+                               KL(mu || pi_old) and KL(pi_old || pi), estimated by terms that cannot be negative
+                               (Schulman, http://joschu.net/blog/kl-approx.html)
     """
     return {
         **moments(ratios, "w", bounded_exp(ratios.log_w)),
@@ -71,7 +73,7 @@ def ratio_metrics(ratios: Ratios) -> dict[str, Metric]:
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     # expm1: exp(r) - 1 loses all digits at the differences of 1e-6 that a good engine has.
-    return log_ratio.clamp(max=709.0).expm1() - log_ratio
+    return log_ratio.clamp(max=LOG_RATIO_BOUND).expm1() - log_ratio
 
 
 def add_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
@@ -88,7 +90,7 @@ def add_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 def summarize_metrics(total: Mapping[str, Metric]) -> dict[str, float]:
     """Divide, once, after everything was added; then form ``x/std``, and ``x/ess`` of WEIGHTS.
 
-    A metric whose denominator is 0 (no negative response in the mini-batch) is left out: it has no value, least of all 0.
+    A metric whose denominator is 0 (no negative response in the mini-batch) is left out: it has no value, nor is it 0.
     """
     pairs = {name: (float(value), float(denominator)) for name, (value, denominator) in total.items()}
     means = {name: value / denominator for name, (value, denominator) in pairs.items() if denominator != 0}

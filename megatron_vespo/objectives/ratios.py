@@ -12,15 +12,15 @@ from megatron_vespo.objectives.inputs import ObjectiveInputs
 from megatron_vespo.objectives.sequence import segment_sums
 
 LOG_RATIO_BOUND = 20.0
-"""Largest |log ratio| that is exponentiated: e^20 = 4.9e8 is far outside every clip and kernel, and its square finite."""
+"""Largest |log ratio| that is exponentiated: e^20 = 4.9e8 is far outside every clip and kernel, its square finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ratios:
     """All float64: a few numbers a token are nothing beside its logits, and any split gives the same result.
 
-    Per-token tensors are 0 (``segment_ids``: 0) where the mask is False, whatever the inputs held there; a counted token
-    whose log-prob is NaN is not hidden, it makes the loss NaN.
+    Per-token tensors are 0 (``segment_ids``: 0) where the mask is False, whatever the inputs held there. A counted
+    token whose log-prob is NaN is not hidden: it makes the loss NaN.
     """
 
     logprobs: torch.Tensor
@@ -49,7 +49,7 @@ class Ratios:
     """Whether this rank is the one of its CP group that reports what is counted per response."""
 
     def to_tokens(self, per_sequence: torch.Tensor) -> torch.Tensor:
-        """[S] -> [T]: each token gets its response's value (a masked one gets some response's, or 0 if there is none)."""
+        """[S] -> [T]: each token gets its response's value; what a masked one gets means nothing."""
         if not per_sequence.numel():
             return torch.zeros_like(self.log_stale)
         return per_sequence[self.segment_ids]
@@ -59,7 +59,7 @@ class Ratios:
         return self.to_tokens(self.advantages)
 
     def token_ratio(self) -> torch.Tensor:
-        """[T], with grad: exp(log_ratio), constant beyond LOG_RATIO_BOUND, where exp would give inf, its gradient NaN."""
+        """[T], with grad: exp(log_ratio), constant beyond LOG_RATIO_BOUND; exp would reach inf, its gradient NaN."""
         return bounded_exp(self.log_ratio)
 
 

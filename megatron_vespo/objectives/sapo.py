@@ -17,7 +17,7 @@ class Sapo:
 
     Source: the paper's soft gate with its defaults; a token's gradient is 4 p (1 - p) r A grad(log pi_t) with
     p = sigmoid(tau (r - 1)), which is r A at r = 1 and fades on both sides. The published aggregation is
-    ``seq-mean-token-mean``. ``gate/mean`` is the mean of 4 p (1 - p): the share of the gradient that the gate lets through.
+    ``seq-mean-token-mean``. Metric ``gate/mean``: 4 p (1 - p), the share of the gradient that the gate lets through.
 
     Raises ValueError where a tau is not positive.
     """

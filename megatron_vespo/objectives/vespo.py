@@ -17,16 +17,16 @@ from megatron_vespo.objectives.ratios import LOG_RATIO_BOUND, Ratios
 class Vespo:
     """l_t = -sg[phi(W)] A log pi_t,    phi(W) = W^c1 exp(c2 (1 - W)),    log W = sum over the response's tokens.
 
-    Source: eq. 17, shifted so that phi(1) = 1, and the pseudo-code of Appendix I. ``c_pos`` = (c1, c2) of responses with
-    A >= 0, ``c_neg`` of those with A < 0; the defaults are the paper's for every experiment (the docstring of the authors' code
-    names others, its signature and scripts these). The score is summed over tokens and W is not normalised by length
-    (the paper's own ablation of 1/T and 1/sqrt(T) was unstable). No KL term, no entropy bonus.
+    Source: eq. 17, shifted so that phi(1) = 1, and the pseudo-code of Appendix I. ``c_pos`` = (c1, c2) of responses
+    with A >= 0, ``c_neg`` of those with A < 0; the defaults are the paper's in every experiment (a docstring in the
+    authors' code names others, its signature and scripts these). The score is summed over tokens, and W is not
+    normalised by length (the paper's ablations with 1/T and 1/sqrt(T) were unstable). No KL term, no entropy bonus.
 
-    Numerics, beside the authors' code. That code clamps each token's log-ratio and the sum to +-20, then floors W at 1e-8.
-    Here only the sum is clamped, to +-20, which moves phi by less than 1e-15 for the default c; it keeps c2 W finite.
-    The per-token clamp is left out, since it changes W wherever a large token is made up for by others; the floor is left
-    out, since in log space exp underflows to 0 by itself; and NaN is not turned into phi = 0, it reaches the loss.
-    The sign is read from the response's advantage, not from its first token's, which may be masked.
+    Numerics. The authors' code clamps each token's log-ratio and the sum to +-20, then floors W at 1e-8. Here only the
+    sum is clamped, to +-20: it keeps c2 W finite and moves phi by less than 1e-15 at the default c. A clamp per token
+    would change W where a large token is made up for by others; the floor is not needed, since in log space exp
+    underflows to 0 by itself; and a NaN is not turned into phi = 0, it reaches the loss. The sign is read from the
+    response's advantage, not from its first token's, which may be masked.
 
     Raises ValueError where c1 or c2 is negative or not finite.
     """
@@ -52,6 +52,6 @@ class Vespo:
 
 
 def kernel(log_w: torch.Tensor, c1: float, c2: float) -> torch.Tensor:
-    """phi(W) = W^c1 exp(c2 (1 - W)), elementwise from log W, in log space; peak (c1/c2)^c1 exp(c2 - c1) at W = c1/c2."""
+    """phi(W) = W^c1 exp(c2 (1 - W)) elementwise, from log W; its peak is (c1/c2)^c1 exp(c2 - c1), at W = c1/c2."""
     log_w = log_w.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return torch.exp(c1 * log_w - c2 * torch.expm1(log_w))

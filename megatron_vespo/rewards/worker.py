@@ -1,0 +1,226 @@
+"""Grading in processes that can be killed: a hang or a crash costs one response its reward, never the run.
+
+A worker is a fresh interpreter, ``python -m megatron_vespo.rewards.worker``, that speaks through one inherited pipe.
+Not multiprocessing's spawn, which re-imports the parent's main module (and with it torch) into every worker; not fork,
+which is unsafe under threads and CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+
+from megatron_vespo.rewards import RewardError, RewardFunction, build_reward
+
+START_TIMEOUT_S = 120.0
+"""A worker imports sympy before it is ready; on a loaded machine that takes seconds."""
+MAX_CHUNK = 16
+MEMORY_LIMIT_BYTES = 16 * 2**30
+"""Address space of a worker: an answer such as 9^{9^{9^{9}}} must end in a MemoryError, not in the machine's swap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    reward: float
+    error: str | None = None
+    """None, or why the response scores 0: the function raised, hung or killed its process."""
+
+
+@dataclass(slots=True)
+class GradingCounts:
+    """Totals since the workers started."""
+
+    graded: int = 0
+    errors: int = 0
+    """The function raised, or returned no finite number."""
+    timeouts: int = 0
+    crashes: int = 0
+    seconds: float = 0.0
+    """Wall time inside :meth:`RewardWorkers.score`."""
+
+    @property
+    def graded_per_second(self) -> float:
+        return self.graded / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: subprocess.Popen
+    pipe: Connection
+    pending: deque[int] = field(default_factory=deque)
+    """Indices of the pairs it was given and has not answered; the first is the one it grades now."""
+    ready: bool = False
+    deadline: float = 0.0
+
+
+class RewardWorkers:
+    """``workers`` warm processes that grade batches with ``function`` (importable: a module-level function).
+
+    ``timeout_s`` bounds the grading of one response. Not thread-safe: one caller at a time. Raises
+    :class:`RewardError` if a worker cannot start.
+    """
+
+    def __init__(self, function: RewardFunction, workers: int, timeout_s: float) -> None:
+        self.path = f"{function.__module__}:{function.__qualname__}"
+        if build_reward_or_none(self.path) is not function:
+            raise RewardError(
+                f"{self.path} cannot be imported by a worker. Put the reward function at the top level of a module."
+            )
+        self.timeout_s = timeout_s
+        self.counts = GradingCounts()
+        self._workers = [self._start() for _ in range(workers)]
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
+        """Grade ``(response, answer)`` pairs; result i belongs to pair i."""
+        started = time.perf_counter()
+        results: list[Scored | None] = [None] * len(pairs)
+        queue = deque(range(len(pairs)))
+        chunk = max(1, min(MAX_CHUNK, math.ceil(len(pairs) / (4 * len(self._workers)))))
+        while queue or any(worker.pending for worker in self._workers):
+            for index, worker in enumerate(self._workers):
+                if worker.ready and not worker.pending:
+                    self._give(worker, queue, chunk, pairs)
+                elif worker.deadline < time.monotonic() and not worker.pipe.poll():
+                    self._replace(index, queue, results, timed_out=True)
+            self._collect(queue, results)
+        self.counts.graded += len(pairs)
+        self.counts.seconds += time.perf_counter() - started
+        return [result for result in results if result is not None]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            self._stop(worker)
+        self._workers = []
+
+    def __enter__(self) -> RewardWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> _Worker:
+        ours, theirs = Pipe(duplex=True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", __name__, str(theirs.fileno()), self.path, str(self.timeout_s)]
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        return _Worker(process, ours, deadline=time.monotonic() + START_TIMEOUT_S)
+
+    def _give(self, worker: _Worker, queue: deque[int], chunk: int, pairs: Sequence[tuple[str, str]]) -> None:
+        if not queue:
+            return
+        worker.pending.extend(queue.popleft() for _ in range(min(chunk, len(queue))))
+        # A pipe whose reader has died: _collect sees it at once and replaces the worker.
+        with contextlib.suppress(OSError):
+            worker.pipe.send([pairs[i] for i in worker.pending])
+        worker.deadline = time.monotonic() + self.timeout_s
+
+    def _collect(self, queue: deque[int], results: list[Scored | None]) -> None:
+        """Take in whatever arrives before the next deadline."""
+        busy = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.pending or not worker.ready}
+        nearest = min((self._workers[i].deadline for i in busy.values()), default=0.0)
+        for pipe in wait(list(busy), timeout=max(0.0, nearest - time.monotonic())):
+            index = busy[pipe]  # type: ignore[index]
+            worker = self._workers[index]
+            try:
+                message = worker.pipe.recv()
+            except (EOFError, OSError):
+                self._replace(index, queue, results, timed_out=False)
+                continue
+            worker.deadline = time.monotonic() + self.timeout_s
+            if message == "ready":
+                worker.ready = True
+                continue
+            scored = Scored(*message)
+            self.counts.errors += scored.error is not None
+            results[worker.pending.popleft()] = scored
+
+    def _replace(self, index: int, queue: deque[int], results: list[Scored | None], timed_out: bool) -> None:
+        """Put a new worker in the place of one that hung or died; only the response at fault scores 0."""
+        worker = self._workers[index]
+        if not timed_out:
+            # Its end of the pipe closes a moment before it ends, and its exit code is worth reporting.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout=5)
+        self._stop(worker)
+        if not worker.ready:
+            raise RewardError(
+                f"a grading worker for {self.path} did not start (exit code {worker.process.returncode}); "
+                "its error stands above in this process's log."
+            )
+        guilty = worker.pending.popleft()
+        if timed_out:
+            self.counts.timeouts += 1
+            error = f"grading took more than {self.timeout_s:g} s and was killed"
+        else:
+            self.counts.crashes += 1
+            error = f"the grading process died (exit code {worker.process.returncode})"
+        results[guilty] = Scored(0.0, error)
+        queue.extendleft(reversed(worker.pending))
+        self._workers[index] = self._start()
+
+    @staticmethod
+    def _stop(worker: _Worker) -> None:
+        worker.pipe.close()
+        with contextlib.suppress(ProcessLookupError):
+            # The whole session: a reward function may have started processes of its own.
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+
+
+def build_reward_or_none(path: str) -> RewardFunction | None:
+    try:
+        return build_reward(path)
+    except RewardError:
+        return None
+
+
+def serve(pipe: Connection, function: RewardFunction, timeout_s: float) -> None:
+    """A worker's life: answer each pair of each batch at once, until the parent closes the pipe."""
+    pipe.send("ready")
+    while True:
+        try:
+            batch = pipe.recv()
+        except EOFError:
+            return
+        for response, answer in batch:
+            # The parent kills at timeout_s. If it is gone, the kernel does: SIGALRM's default action ends the process
+            # even inside a C loop that holds the interpreter's lock.
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
+            pipe.send(graded(function, response, answer))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def graded(function: RewardFunction, response: str, answer: str) -> tuple[float, str | None]:
+    try:
+        reward = float(function(response, answer))
+    except Exception as error:
+        return 0.0, f"{type(error).__name__}: {error}"[:500]
+    if not math.isfinite(reward):
+        return 0.0, f"the reward is {reward}, not a finite number"
+    return reward, None
+
+
+def main(arguments: Sequence[str]) -> None:
+    descriptor, path, timeout_s = arguments
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, hard))
+    with contextlib.suppress(BrokenPipeError):
+        serve(Connection(int(descriptor)), build_reward(path), float(timeout_s))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
