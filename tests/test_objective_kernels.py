@@ -83,6 +83,12 @@ def test_extreme_ratios_stay_finite(name: str, log_w: float, advantage: float) -
         assert inputs.logprobs.grad.abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("log_w", [30.0, 800.0])
+def test_the_clamp_of_the_sum_keeps_a_kernel_without_decay_finite(log_w: float) -> None:
+    grad = gradient("vespo", inputs_of([[log_w]], [1.0]), c_pos=(1.0, 0.0))  # phi = W
+    assert float(grad) == pytest.approx(-math.exp(20), rel=1e-12)
+
+
 def test_no_clamp_per_token() -> None:
     """25 - 12.25 - 12.25 leaves log W = 0.5; with each token clamped to +-20 it would be -4.5."""
     grad = gradient("vespo", inputs_of([[25.0, -12.25, -12.25]], [1.0]))
@@ -118,7 +124,7 @@ def test_what_a_masked_token_holds_does_not_matter(name: str, garbage: float, ag
         if value is not None:
             for field in (inputs.logprobs, inputs.old_logprobs, inputs.rollout_logprobs):
                 field.data[~inputs.mask] = value
-            inputs.segment_ids[~inputs.mask] = -7
+            inputs.segment_ids[~inputs.mask] = 10**9 if value > 0 else -7
         output = build_objective(name, aggregation=aggregation)(inputs)
         output.loss.backward()
         return output.loss.detach(), inputs.logprobs.grad, summarize_metrics(output.metrics)
@@ -162,6 +168,22 @@ def test_grpo_without_dual_clip_follows_the_ratio() -> None:
     log_ratio = math.log(5.0)
     assert float(gradient("grpo", inputs_of([[log_ratio]], [-1.0]))[0]) == 0
     assert float(gradient("grpo", inputs_of([[log_ratio]], [-1.0]), dual_clip=None)[0]) == pytest.approx(5.0)
+
+
+def test_clip_fractions_by_hand() -> None:
+    """Ratios 5, 1.5, 1, 0.5 with A < 0: 0.5 is below the clip, 5 above the dual one; with A > 0 both above 1.28."""
+    rows = [[math.log(r) for r in (5.0, 1.5, 1.0, 0.5)]]
+    for advantage, clipped, dual in ((-1.0, 1, 1), (1.0, 2, 0), (0.0, 0, 0)):
+        metrics = build_objective("grpo")(inputs_of(rows, [advantage])).metrics
+        assert [float(x) for x in metrics["clip_fraction"]] == [clipped, 4]
+        assert [float(x) for x in metrics["dual_clip_fraction"]] == [dual, 4]
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(1.0, 1.0), (0.0, 1.05), (-1.0, 1.05)])
+def test_sapo_gate_by_hand(advantage: float, tau: float) -> None:
+    """4 p (1 - p) = 1 / cosh(tau (r - 1) / 2)^2, at r = 2."""
+    metrics = build_objective("sapo")(inputs_of([[math.log(2.0)]], [advantage])).metrics
+    assert float(metrics["gate/mean"][0]) == pytest.approx(1 / math.cosh(tau / 2) ** 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", available_objectives())
