@@ -141,8 +141,9 @@ def draw(panel: Panel, steps: Sequence[Record], evaluations: Sequence[Record]) -
         for label, y in curves.items():
             _draw_curve(axes, x, y, label, next(colors))
         for name, points in scores.items():
-            style = {"marker": "o", "markersize": 5, "linestyle": (0, (1, 2)), "clip_on": False}
-            axes.plot(*zip(*points, strict=True), color=next(colors), label=f"held-out {name}", **style)
+            label = f"held-out {name}"
+            line = axes.plot(*zip(*points, strict=True), color=next(colors), label=label, marker="o", markersize=5)
+            line[0].set(linestyle=(0, (1, 2)), clip_on=False)
         if panel.log and any((y > 0).any() for y in curves.values()):
             axes.set_yscale("log", nonpositive="mask")
         if panel.reference is not None:
@@ -218,7 +219,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str) -> None:
     if len(x) >= 20:
-        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.4)
         y = smooth(y, window=max(5, len(x) // 20))
     axes.plot(x, y, color=color, label=label, marker="o" if len(x) == 1 else None, markersize=4)
 
