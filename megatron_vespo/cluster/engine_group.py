@@ -32,7 +32,7 @@ class EngineHost:
             log_file=self.log_file,
             engine_args=dict(rollout.engine_args),
             seed=config.seed + index,
-            timeout_s=rollout.launch_timeout_s,
+            launch_timeout_s=rollout.launch_timeout_s,
         )
         return self.engine.url
 

@@ -13,7 +13,7 @@ from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import MemoryEstimate, estimate_memory
-from megatron_vespo.policy.model import check_layout
+from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
 from megatron_vespo.policy.objective import objective_of
 
 GIB = 1 << 30
@@ -56,8 +56,9 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     _check_counts(config, hf_config)
     try:
         layout = ParallelLayout.from_config(
-            config.parallel, config.cluster.world_size, getattr(hf_config, "num_experts", 0)
+            config.parallel, config.cluster.world_size, num_experts(hf_config)
         )
+        check_architecture(hf_config)
         check_layout(hf_config, layout)
         objective_of(config)
     except ValueError as error:
