@@ -55,9 +55,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
     try:
-        layout = ParallelLayout.from_config(
-            config.parallel, config.cluster.world_size, num_experts(hf_config)
-        )
+        layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
         check_architecture(hf_config)
         check_layout(hf_config, layout)
         objective_of(config)
@@ -81,7 +79,9 @@ def _absent_files(config: RunConfig) -> list[str]:
 def _model_config(config: RunConfig) -> Any:
     folder = config.model.path if (config.model.path / "config.json").is_file() else config.model.shape
     if folder is None:
-        raise ConfigError(f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint")
+        raise ConfigError(
+            f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
+        )
     return read_hf_config(folder)
 
 

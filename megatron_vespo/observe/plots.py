@@ -90,23 +90,23 @@ LEARNING = (
 OFF_POLICY = (
     Panel(
         *("Sequence weight W", "Mean of W = π/μ over responses; 1 on policy, and in expectation over μ."),
-        *((("w_mean", "mean W"),),),
+        *((("w/mean", "mean W"),),),
         reference=1.0,
     ),
     Panel(
         *("Effective sample size", "(ΣW)² / (n ΣW²): the share of responses that still carry weight."),
-        *((("ess", "ESS / n"),),),
+        *((("w/ess", "ESS / n"),),),
         reference=1.0,
         floor=0.0,
     ),
     Panel(
         *("log W, split", "Mean log W of the stale part (trainer now against trainer then) and of the engine's part."),
-        *((("log_w_stale_mean", "stale"), ("log_w_engine_mean", "engine")),),
+        *((("log_w_stale/mean", "stale"), ("log_w_engine/mean", "engine")),),
         reference=0.0,
     ),
     Panel(
         *("Trainer against engine", "Per token, same weights: mean |Δ log p|, and the k3 estimate of KL."),
-        *((("mismatch_abs", "|Δ log p|"), ("mismatch_k3", "k3")),),
+        *((("rollout_logprob_diff", "|Δ log p|"), ("k3_engine", "k3")),),
         log=True,
     ),
     Panel(

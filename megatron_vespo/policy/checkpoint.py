@@ -38,7 +38,9 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints`` folder."""
-    found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / STATE_FILE).exists()]
+    found = [
+        p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / STATE_FILE).exists()
+    ]
     return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
 
 

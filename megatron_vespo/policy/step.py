@@ -31,7 +31,9 @@ def run_micro_batches(
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        return chunk(batch.tokens[None], None, None, packed_seq_params=packed_seq_params(batch.cu_seqlens)), partial(loss, batch)
+        return chunk(batch.tokens[None], None, None, packed_seq_params=packed_seq_params(batch.cu_seqlens)), partial(
+            loss, batch
+        )
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -63,6 +65,7 @@ def objective_loss(
     objective: Objective, *, vocab_size: int, temperature: float, total_tokens: float, total_sequences: float
 ) -> Any:
     """The loss function that a training pass hands to :func:`run_micro_batches`."""
+
     def loss(batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
         logprobs, entropy = logprobs_of_labels(batch, logits, vocab_size=vocab_size, temperature=temperature)
         output = objective(

@@ -43,9 +43,7 @@ class PolicyTrainer:
         self.config = config
         self.device = platform.current().device
         self.hf_config = AutoConfig.from_pretrained(config.model.path)
-        self.layout = ParallelLayout.from_config(
-            config.parallel, dist.get_world_size(), num_experts(self.hf_config)
-        )
+        self.layout = ParallelLayout.from_config(config.parallel, dist.get_world_size(), num_experts(self.hf_config))
         layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
         load_hf(self.models, config.model.path)
@@ -81,7 +79,11 @@ class PolicyTrainer:
         metrics = sum_metrics(tables)
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {"loss": (metrics["loss"][0], 1.0), "lr": (learning_rate, 1.0), "grad_norm": (float(grad_norm), 1.0)}
+            metrics |= {
+                "loss": (metrics["loss"][0], 1.0),
+                "lr": (learning_rate, 1.0),
+                "grad_norm": (float(grad_norm), 1.0),
+            }
         return metrics
 
     @torch.no_grad()
