@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 SHAPE = dict(
     vocab_size=101,  # odd: the vocabulary needs padding under tensor parallelism
