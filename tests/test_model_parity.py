@@ -109,9 +109,7 @@ def errors_of_a_split(
     chunks = build_model(config, model_config, layout)
     load(chunks, megatron_tensors(config, dict(tiny_hf_model(config, torch.float32).named_parameters())))
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
-    wrapped = [
-        DistributedDataParallel(chunks[0].config, ddp_config, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)
-    ]
+    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
 
     rows = list(enumerate(micro_batches(config.vocab_size)))[ranks.dp_rank() :: layout.data]

@@ -39,7 +39,7 @@ class Plan:
             f"layout       {layout.world_size} ranks: tensor {layout.tensor}, pipeline {layout.pipeline}, "
             f"context {layout.context}, data {layout.data}; expert {layout.expert} x tensor {layout.expert_tensor}",
             f"memory/rank  about {memory.total / GIB:.1f} GiB: {by_part}",
-            f"rollout      {sequences} sequences a step from {config.rollout.engines} {config.rollout.engine} engine(s)",
+            f"rollout      {sequences} sequences a step, {config.rollout.engines} {config.rollout.engine} engine(s)",
             f"training     {config.train.steps} steps x {config.train.mini_batches} updates of "
             f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
             f"run          {config.directory}",
@@ -109,6 +109,4 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
             "lower one of them"
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
-        raise ConfigError(
-            "rollout.samples_per_prompt = 1 with a group advantage gives every sample the advantage 0; sample at least 2"
-        )
+        raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")

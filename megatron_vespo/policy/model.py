@@ -115,7 +115,7 @@ def transformer_config(
 def build_model(
     hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout, *, routing_replay: bool = False
 ) -> list[GPTModel]:
-    """This rank's model chunks, one a virtual pipeline stage (one in all without virtual_pipeline), with random weights.
+    """This rank's model chunks, one a virtual pipeline stage (just one without virtual_pipeline), with random weights.
 
     Needs ``layout.initialize``. The output layer gives vocabulary-parallel logits, [1, t, padded vocabulary / tensor];
     policy/logprobs.py keeps the padding out of the probabilities.
@@ -142,8 +142,9 @@ def build_model(
             chunk.rotary_pos_emb.inv_freq = inv_freq.to(chunk.rotary_pos_emb.inv_freq.device)
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
-                # megatron-core marks them so only where expert > 1. Unmarked, their gradients are reduced over the data-
-                # and context-parallel ranks, and wrong where expert = 1 and tensor-parallel ranks see different tokens.
+                # megatron-core marks experts so only where expert > 1. Unmarked, their gradients are reduced over the
+                # data- and context-parallel ranks alone, and the tensor-parallel ranks that hold the same experts
+                # (expert_tensor < tensor) and see other tokens are left out.
                 parameter.allreduce = False
         chunks.append(chunk.to(platform.current().device))
     return chunks
@@ -233,7 +234,7 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
 
 
 def _scaled_inv_freq(hf_config: PreTrainedConfig) -> torch.Tensor | None:
-    """[head_dim / 2] float32: the checkpoint's rotary frequencies where it scales them, by transformers' own formula."""
+    """[head_dim / 2] float32: rotary frequencies of a checkpoint that scales them, by transformers' own formula."""
     rope_type = hf_config.rope_parameters["rope_type"]
     return None if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))[0]
 
