@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import MemoryEstimate, estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
@@ -61,6 +62,12 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    checkpoint = newest(config.directory / "checkpoints") if config.checkpoint.resume else None
+    if checkpoint is not None:
+        try:
+            check_same_model(checkpoint, hf_config)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
     return Plan(config, layout, estimate_memory(hf_config, config, layout), missing)
 
 

@@ -6,7 +6,7 @@ Every method is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_m
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
+from megatron_vespo.weights.save import save_hf_folder
+from megatron_vespo.weights.sync import DiskTransport
 
 
 class PolicyTrainer:
@@ -141,12 +143,18 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full HF tensors one at a time, on rank 0; the other ranks iterate along and get nothing."""
-        return export_hf(self.models, self.hf_config)
+    def publish(self, folder: Path, version: int) -> Path:
+        """Hand the current weights to the engines through ``folder``; returns what they are to load."""
+        transport = DiskTransport(folder, self.config.model.path)
+        return transport.publish(version, export_hf(self.models, self.hf_config))
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the current weights as an HF folder that transformers loads."""
+        save_hf_folder(export_hf(self.models, self.hf_config), folder, self.config.model.path)
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
-        checkpoint.save_checkpoint(folder, self.models, self.optimizer, self.scheduler, driver_state)
+        checkpoint.save_checkpoint(folder, self.hf_config, self.models, self.optimizer, self.scheduler, driver_state)
 
     def load(self, folder: Path) -> None:
+        checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
