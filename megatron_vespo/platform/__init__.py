@@ -27,6 +27,10 @@ class Platform(Protocol):
     def layer_spec_kind(self) -> LayerSpecKind:
         """Which of megatron-core's layer specs ``layer_spec: auto`` means here."""
 
+    @property
+    def fused_gradient_accumulation(self) -> bool:
+        """Whether Apex's kernel that adds a weight gradient into the main gradient is installed."""
+
     def prepare_megatron(self, threads: int | None = None) -> None:
         """Makes megatron-core usable in this process; call it before anything of it runs.
 
