@@ -71,7 +71,6 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with open_run(resolved) as run:
             train(run)
-            print(run.summary())
     except (ClusterError, EngineError, SyncError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.objectives import build_objective
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import MemoryEstimate, estimate_memory
 from megatron_vespo.policy.model import check_layout
+from megatron_vespo.policy.objective import objective_of
 
 GIB = 1 << 30
 
@@ -59,13 +59,8 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
             config.parallel, config.cluster.world_size, getattr(hf_config, "num_experts", 0)
         )
         check_layout(hf_config, layout)
-        build_objective(
-            config.objective.name,
-            aggregation=config.objective.aggregation,
-            correction=config.objective.correction,
-            **config.objective.params,
-        )
-    except (ValueError, TypeError) as error:
+        objective_of(config)
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     return Plan(config, layout, estimate_memory(hf_config, config, layout), missing)
 

@@ -20,9 +20,9 @@ from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
-from megatron_vespo.observe.progress import Progress
+from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.report import write_report
-from megatron_vespo.observe.timing import PhaseTimer
+from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
 from megatron_vespo.rewards import build_reward
@@ -51,15 +51,15 @@ class Run:
     held_out: list[Prompt]
     tokenizer: Any
     writer: RunWriter
-    progress: Progress
+    progress: RunProgress
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     version: int = 0
     metrics: MetricSums = field(default_factory=MetricSums)
     probe: list[Sample] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
+        self.progress.phase(name)
         return self.timer.phase(name)
 
     def due(self, every: int) -> bool:
@@ -121,14 +121,16 @@ class Run:
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
-        self.metrics.merge(self.trainers.train_mini_batch(mini_batch))
+        for name, (total, denominator) in self.trainers.train_mini_batch(mini_batch).items():
+            self.metrics.add(name, total, denominator)
         lag = self.version - np.concatenate([s.weight_versions for s in mini_batch])
-        self.metrics.add("staleness", float(lag.sum()), float(len(lag)))
+        self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
+        self.metrics.add_maximum("staleness_max", float(lag.max(initial=0)))
         self.version += 1
 
     def sync_weights(self) -> None:
         """Bring every engine to the current version, and measure that it computes what the trainer computes."""
-        folder = self.trainers.publish(self.sync_folder, self.version)
+        folder = self.trainers.publish(sync_folder(self.config), self.version)
         self.engines.pool.update_weights_from_disk(folder, self.version)
         if not self.probe:
             return
@@ -139,7 +141,7 @@ class Run:
             for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True):
                 theirs = scored[len(sample.prompt.tokens) - 1 :]
                 worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)))
-        self.metrics.add("sync_probe_max", worst, 1.0)
+        self.metrics.add_maximum("sync_probe_max", worst)
         tolerance = self.config.sync.probe_tolerance
         if tolerance is not None and not worst <= tolerance:
             raise SyncError(
@@ -147,16 +149,12 @@ class Run:
                 f"(sync.probe_tolerance = {tolerance:g}): the weights did not arrive whole, or the precisions differ"
             )
 
-    @property
-    def sync_folder(self) -> Path:
-        return self.config.sync.folder or _sync_folder(self.config.directory)
-
     # ------------------------------------------------------------------------------------------ records
 
     def record_step(self, samples: Sequence[Sample]) -> None:
         """One line of metrics.jsonl and of the screen; a few samples to read."""
         self.probe = self.probe or [s for s in samples if len(s.response_tokens)][:PROBE_SEQUENCES]
-        seconds = self.timer.take()
+        seconds = seconds_by_phase(self.timer.take())
         response_tokens = sum(len(s.response_tokens) for s in samples)
         record = {
             "step": self.step,
@@ -172,14 +170,14 @@ class Run:
             "seconds": seconds,
         }
         self.metrics = MetricSums()
-        self.writer.step(record)
-        self.writer.samples(self.step, samples[: self.config.log.samples_per_step])
+        self.writer.write(record)
+        self.writer.write_samples(self.step, samples[: self.config.log.samples_per_step])
         self.progress.step(record)
 
     def record_evaluation(self, result: dict[str, float]) -> None:
-        self.evaluations.append(result)
-        self.writer.evaluation(self.step, result)
-        self.progress.evaluation(self.step, result)
+        record = {"step": self.step, "version": self.version, "time": time.time(), "eval": result}
+        self.writer.write(record)
+        self.progress.evaluation(record)
 
     def save_checkpoint(self) -> None:
         with self.phase("checkpoint"):
@@ -194,7 +192,8 @@ class Run:
         if self.config.checkpoint.export_hf:
             self.trainers.export_hf(self.config.directory / "hf")
         self.writer.close()
-        write_report(self.config.directory)
+        report = write_report(self.config.directory)
+        self.progress.message(f"report: {report}")
 
 
 @contextmanager
@@ -213,7 +212,16 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
 
     with ExitStack() as stack:
-        writer = stack.enter_context(RunWriter(config, resume_step=state["step"]))
+        writer = stack.enter_context(
+            RunWriter(
+                directory,
+                resumed_step=state["step"] if checkpoint else None,
+                wandb_mode=config.log.wandb,
+                project=config.log.project,
+                name=config.name,
+                config=config.model_dump(mode="json"),
+            )
+        )
         stack.enter_context(ray_cluster(config))
         rewards = RewardWorkers(build_reward(config.reward.name), config.reward.workers, config.reward.timeout_s)
         stack.callback(rewards.close)
@@ -221,7 +229,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         stack.callback(engines.close)
         trainers = TrainerGroup(config, directory / "logs")
         stack.callback(trainers.close)
-        stack.callback(shutil.rmtree, config.sync.folder or _sync_folder(directory), ignore_errors=True)
+        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
         run = Run(
             config=config,
             trainers=trainers,
@@ -231,7 +239,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             held_out=held_out[: config.evaluate.max_prompts],
             tokenizer=tokenizer,
             writer=writer,
-            progress=stack.enter_context(Progress(config.train.steps, state["step"])),
+            progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
             step=state["step"],
             version=state["version"],
         )
@@ -255,9 +263,11 @@ def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
     )
 
 
-def _sync_folder(directory: Path) -> Path:
-    """Memory shared by the processes of one node is the fastest disk; the run's own folder where there is none."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir():
-        return directory.resolve() / "sync"
-    return shared / f"megatron_vespo-{directory.resolve().as_posix().strip('/').replace('/', '-')}"
+def sync_folder(config: RunConfig) -> Path:
+    """Where weights are handed over: memory that one node's processes share, or the run's folder between nodes."""
+    directory, shared = config.directory.resolve(), Path("/dev/shm")
+    if config.sync.folder is not None:
+        return config.sync.folder.resolve()
+    if config.cluster.nodes > 1 or config.cluster.address or not shared.is_dir():
+        return directory / "sync"
+    return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"

@@ -31,6 +31,7 @@ class Sapo:
 
     def __call__(self, ratios: Ratios) -> tuple[torch.Tensor, dict[str, Metric]]:
         advantages = ratios.token_advantages()
-        tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg)
+        # Of two Python numbers torch.where would make float32, and 1.05 is not one.
+        tau = torch.full_like(advantages, self.tau_neg).masked_fill(advantages > 0, self.tau_pos)
         p = torch.sigmoid(tau * (ratios.token_ratio() - 1))
         return -(4 / tau) * p * advantages, {"gate/mean": per_token(ratios, 4 * p * (1 - p))}

@@ -18,10 +18,10 @@ from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.objectives import build_objective
 from megatron_vespo.policy import checkpoint
 from megatron_vespo.policy.layout import ParallelLayout, initialize, local_indices
 from megatron_vespo.policy.model import build_model
+from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, wrap_for_training
 from megatron_vespo.policy.step import (
     MetricTable,
@@ -59,12 +59,7 @@ class PolicyTrainer:
             distributed_optimizer=sharded,
             total_updates=config.train.steps * config.train.mini_batches,
         )
-        self.objective = build_objective(
-            config.objective.name,
-            aggregation=config.objective.aggregation,
-            correction=config.objective.correction,
-            **config.objective.params,
-        )
+        self.objective = objective_of(config)
 
     # ------------------------------------------------------------------------------------------ training
 

@@ -1,0 +1,51 @@
+"""Reading metrics.jsonl: one JSON object a line, a training step or an evaluation.
+
+A step: ``{"step", "version", "time", "reward", ..., "seconds": {phase: s}}``; an evaluation: ``{"step", "eval":
+{"greedy", "avg@4", "n", ...}}``, step 0 being the policy before training. Every other key is optional.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+ALIASES = {
+    "w_mean": "w/mean",
+    "ess": "w/ess",
+    "log_w_mean": "log_w/mean",
+    "log_w_std": "log_w/std",
+    "log_w_stale_mean": "log_w_stale/mean",
+    "log_w_engine_mean": "log_w_engine/mean",
+    "log_w_stale_std": "log_w_stale/std",
+    "log_w_engine_std": "log_w_engine/std",
+    "mismatch_abs": "rollout_logprob_diff",
+    "mismatch_k3": "k3_engine",
+}
+"""The record's name of a quantity -> the objectives' own; either may stand in a record."""
+
+
+def number(record: Record, name: str) -> float | None:
+    """The record's value under ``name`` or its alias; None where there is none."""
+    value = record.get(name)
+    if value is None:
+        value = record.get(ALIASES.get(name, ""))
+    return float(value) if isinstance(value, int | float) else None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; [] if there is no file. A line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records

@@ -1,0 +1,245 @@
+"""report.html: one self-contained page about a run, made from what the run directory holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from megatron_vespo.observe import plots
+from megatron_vespo.observe.records import Record, number, read_records
+
+SAMPLES_SHOWN = 4
+"""Of the first and of the last step that has samples."""
+TEXT_SHOWN = 4000
+"""Characters of a prompt or a response."""
+
+
+class ReportError(RuntimeError):
+    """A run directory without anything to report. The message names the file that is missing."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from metrics.jsonl, config.resolved.yaml and samples/, and return its path.
+
+    The page needs no network and follows the reader's light or dark preference. Anything but metrics.jsonl may be
+    missing. Raises :class:`ReportError` if there are no metrics.
+    """
+    run_dir = Path(run_dir)
+    records = read_records(run_dir / "metrics.jsonl")
+    if not records:
+        raise ReportError(f"{run_dir / 'metrics.jsonl'} is missing or holds no record yet. Is this a run directory?")
+    config_path = run_dir / "config.resolved.yaml"
+    config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
+    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"))
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def read_samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of the first and the last samples/step_*.jsonl, by step."""
+    files = sorted(folder.glob("step_*.jsonl"))
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in dict.fromkeys(files[:1] + files[-1:]):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found[int(path.stem.removeprefix("step_"))] = rows
+    return found
+
+
+def render(run_name: str, records: Sequence[Record], config_text: str, samples: dict[int, list[dict[str, Any]]]) -> str:
+    evaluations = [record for record in records if isinstance(record.get("eval"), dict)]
+    steps = [record for record in records if "eval" not in record]
+    config = _parsed(config_text)
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+
+    def panels(group: Sequence[plots.Panel]) -> list[str]:
+        return [_figure(p.title, p.note, svg) for p in group if (svg := plots.draw(p, steps, evaluations))]
+
+    throughput = panels(plots.THROUGHPUT)
+    if seconds := plots.draw_seconds(steps):
+        throughput.append(_figure("Time by phase", "Where the wall time of each step went.", seconds))
+    body = [
+        _header(run_name, config, steps),
+        _tiles(steps, evaluations),
+        _section("Learning", _grid(panels(plots.LEARNING))),
+        _section("Held-out accuracy", _evaluation_table(evaluations)),
+        _section("Off-policy health", _grid(panels(plots.OFF_POLICY))),
+        _section("Optimisation", _grid(panels(plots.OPTIMISATION))),
+        _section("Throughput", _grid(throughput)),
+        _section("Samples", _samples(samples)),
+        _section(
+            "Configuration",
+            f"<details><summary>config.resolved.yaml</summary><pre>{escape(config_text)}</pre></details>",
+        )
+        if config_text
+        else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(_name(run_name, config))}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _parsed(config_text: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _setting(config: dict[str, Any], *path: str) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, dict) else None  # type: ignore[assignment]
+    return config
+
+
+def _name(run_name: str, config: dict[str, Any]) -> str:
+    return str(config.get("name") or run_name)
+
+
+def _header(run_name: str, config: dict[str, Any], steps: Sequence[Record]) -> str:
+    parallel = config.get("parallel") if isinstance(config.get("parallel"), dict) else {}
+    assert isinstance(parallel, dict)
+    layout = [f"{short}{parallel[key]}" for key, short in LAYOUT if isinstance(parallel.get(key), int)]
+    facts = [
+        ("objective", _setting(config, "objective", "name")),
+        ("aggregation", _setting(config, "objective", "aggregation")),
+        ("engine", _setting(config, "rollout", "engine")),
+        ("layout", " ".join(layout)),
+        ("mini-batches a step", _setting(config, "train", "mini_batches")),
+        ("model", _setting(config, "model", "path")),
+        ("seed", config.get("seed")),
+    ]
+    shown = "".join(f"<span><b>{k}</b> {escape(str(v))}</span>" for k, v in facts if v not in (None, ""))
+    return f'<header><h1>{escape(_name(run_name, config))}</h1><p class="facts">{shown}</p></header>'
+
+
+LAYOUT = (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "EP"))
+
+
+def _tiles(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
+    tiles = []
+    for name in _score_names(evaluations):
+        scores = [record["eval"][name] for record in evaluations if _is_number(record["eval"].get(name))]
+        if len(scores) > 1:
+            change = scores[-1] - scores[0]
+            tiles.append((f"held-out {name}", f"{scores[0]:.3f} → <strong>{scores[-1]:.3f}</strong>", f"{change:+.3f}"))
+        elif scores:
+            tiles.append((f"held-out {name}", f"<strong>{scores[0]:.3f}</strong>", "one evaluation"))
+    for key, label, form in (("accuracy", "training accuracy", ".3f"), ("response_length", "response length", ".0f")):
+        if values := _numbers(steps, key):
+            head, tail = median(values[:5]), median(values[-5:])
+            tiles.append((label, f"{head:{form}} → <strong>{tail:{form}}</strong>", "first and last 5 steps"))
+    if steps:
+        seconds = sum(sum(_finite_values(record.get("seconds"))) for record in steps)
+        tiles.append(
+            ("steps", f"<strong>{steps[-1]['step']}</strong>", f"{duration(seconds)} of work" if seconds else "")
+        )
+    if values := _numbers(steps, "tokens_per_s"):
+        tiles.append(("throughput", f"<strong>{median(values):,.0f}</strong> tokens/s", "median step"))
+    cells = "".join(
+        f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{value}</div>'
+        f'<div class="hint">{escape(hint)}</div></div>'
+        for label, value, hint in tiles
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _evaluation_table(evaluations: Sequence[Record]) -> str:
+    if not evaluations:
+        return ""
+    names = _score_names(evaluations)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = []
+    for record in evaluations:
+        scores = record["eval"]
+        cells = "".join(f"<td>{_cell(scores.get(name), '.3f')}</td>" for name in names)
+        when = "before training" if record["step"] == 0 else f"step {record['step']}"
+        rows.append(f"<tr><th>{when}</th>{cells}<td>{_cell(scores.get('n'), '.0f')}</td></tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr><th></th>{head}<th>problems</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _samples(samples: dict[int, list[dict[str, Any]]]) -> str:
+    columns = []
+    for step, rows in samples.items():
+        cards = "".join(_sample(row) for row in rows[:SAMPLES_SHOWN])
+        columns.append(f"<div><h3>Step {step}</h3>{cards}</div>")
+    return f'<div class="grid">{"".join(columns)}</div>' if columns else ""
+
+
+def _sample(row: dict[str, Any]) -> str:
+    reward = row.get("reward")
+    mood = ("good" if reward > 0 else "bad") if isinstance(reward, int | float) else "unknown"
+    versions = ", ".join(str(pair[0]) for pair in row.get("versions") or [])
+    facts = [
+        f"gold {row.get('gold')}",
+        f"{row.get('tokens')} tokens",
+        f"{row.get('finish_reason')}",
+        *([f"version {versions}"] if versions else []),
+    ]
+    return (
+        f'<article class="sample"><p class="facts"><span class="chip {mood}">reward {_cell(reward, "g")}</span>'
+        + "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+        + f'</p><pre class="prompt">{_text(row.get("prompt"))}</pre><pre>{_text(row.get("response"))}</pre></article>'
+    )
+
+
+def _text(text: Any) -> str:
+    text = "" if text is None else str(text)
+    cut = len(text) - TEXT_SHOWN
+    return escape(text) if cut <= 0 else f"{escape(text[:TEXT_SHOWN])}\n[... {cut} more characters]"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def _grid(figures: Sequence[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+
+
+def _figure(title: str, note: str, svg: str) -> str:
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{svg}</figure>"
+
+
+def _score_names(evaluations: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in evaluations for name in record["eval"] if name != "n"))
+
+
+def _numbers(steps: Sequence[Record], key: str) -> list[float]:
+    return [value for record in steps if (value := number(record, key)) is not None]
+
+
+def _finite_values(seconds: Any) -> list[float]:
+    return [value for value in (seconds or {}).values() if _is_number(value)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _cell(value: Any, form: str) -> str:
+    return format(value, form) if _is_number(value) else "–"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
