@@ -93,12 +93,12 @@ def errors_of_a_split(
     is, and the names this rank compared."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
     from tiny_models import load, megatron_tensors, share_of, tiny_config, tiny_hf_model, whole_name
 
     from megatron_vespo.policy import layout as ranks
     from megatron_vespo.policy.attention import packed_seq_params
-    from megatron_vespo.policy.model import build_model, mask_vocabulary_padding
+    from megatron_vespo.policy.logprobs import vocab_parallel_logprobs
+    from megatron_vespo.policy.model import build_model
 
     split = dict(split)
     sharded = split.pop("distributed_optimizer", False)
@@ -121,8 +121,9 @@ def errors_of_a_split(
         output = model(row.tokens[None, local], None, None, packed_seq_params=packed_seq_params(row.cu_seqlens))
 
         def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            logits = mask_vocabulary_padding(logits[0].unsqueeze(1), config.vocab_size)
-            logprob = -vocab_parallel_cross_entropy(logits, row.targets[local, None])[:, 0]
+            logprob, _ = vocab_parallel_logprobs(
+                logits[0], row.targets[local], vocab_size=config.vocab_size, tp_group=ranks.tp_group()
+            )
             logprob_errors.append(float((logprob.detach() - logprobs[number][local]).abs().max()))
             return (logprob * row.coefficients[local]).sum(), torch.zeros((), dtype=torch.int), {}
 

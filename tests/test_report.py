@@ -98,7 +98,7 @@ def test_a_run_that_has_hardly_begun_is_reported(tmp_path: Path) -> None:
         writer.write({"step": 0, "eval": {"greedy": 0.3}})
     assert "0.300" in write_report(tmp_path).read_text()
     with RunWriter(tmp_path, resumed_step=0) as writer:
-        writer.write({"step": 1, "loss": None, "mismatch_abs": 0.0, "seconds": {"train": None}})
+        writer.write({"step": 1, "loss": None, "rollout_logprob_diff": 0.0, "seconds": {"train": None}})
     report = write_report(tmp_path).read_text()
     Page(report)
     assert "Trainer against engine" in report and ">Loss<" not in report

@@ -8,7 +8,6 @@ state is kept because none is used: the model has no dropout, and sampling seeds
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +37,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints`` folder."""
-    found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / STATE_FILE).exists()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+    return max(_complete(checkpoints), key=_step, default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -52,9 +50,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and what interrupted saves left."""
-    complete = sorted(p for p in checkpoints.glob("step_*") if (p / STATE_FILE).exists() and p.suffix != ".partial")
-    for folder in [*complete[:-keep], *checkpoints.glob("step_*.partial")]:
+    for folder in [*sorted(_complete(checkpoints), key=_step)[:-keep], *checkpoints.glob("step_*.partial")]:
         shutil.rmtree(folder)
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    return [p for p in checkpoints.glob("step_*") if p.suffix != ".partial" and (p / STATE_FILE).exists()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def save_checkpoint(

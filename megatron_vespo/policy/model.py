@@ -118,7 +118,7 @@ def build_model(
     """This rank's model chunks, one a virtual pipeline stage (just one without virtual_pipeline), with random weights.
 
     Needs ``layout.initialize``. The output layer gives vocabulary-parallel logits, [1, t, padded vocabulary / tensor];
-    see mask_vocabulary_padding.
+    policy/logprobs.py keeps the padding out of the probabilities.
     """
     config = transformer_config(hf_config, model, layout, routing_replay=routing_replay)
     chunks = []
@@ -169,16 +169,6 @@ def layer_spec_kind(model: ModelConfig) -> platform.LayerSpecKind:
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """``vocab_size`` rounded up to a multiple of the tensor-parallel size."""
     return -(-vocab_size // tensor) * tensor
-
-
-def mask_vocabulary_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """``logits`` [..., padded vocabulary / tensor] of this tensor-parallel rank, with minus infinity in the columns
-    that stand for no token, so that they get neither probability nor gradient. ``vocab_size`` is the checkpoint's."""
-    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    real = min(max(vocab_size - first, 0), logits.shape[-1])
-    if real == logits.shape[-1]:
-        return logits
-    return F.pad(logits[..., :real], (0, logits.shape[-1] - real), value=float("-inf"))
 
 
 def check_architecture(hf_config: PreTrainedConfig) -> None:
