@@ -8,6 +8,7 @@ again in each of them.
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -42,7 +43,16 @@ class _Stub(types.ModuleType):
         return args[0] if bare_decorator else lambda function: function
 
 
-class _StubClass:
+class _StubMeta(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+
+class _StubClass(metaclass=_StubMeta):
+    """Of an enumeration, the members are strings."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
@@ -50,7 +60,7 @@ class _StubClass:
         pass
 
 
-class _StubLoader:
+class _StubLoader(importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Stub(spec.name)
 
@@ -61,22 +71,37 @@ class _StubLoader:
 _LOADER = _StubLoader()
 
 
-class _TritonFinder:
-    """``import triton[.anything]``: decorators and types for kernels that are defined on import and never launched."""
+class _StubFinder(importlib.abc.MetaPathFinder):
+    """``import package[.anything]`` gives stubs."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name == "triton" or name.startswith("triton."):
-            return importlib.machinery.ModuleSpec(name, _LOADER, is_package=True)  # type: ignore[arg-type]
+        if name == self.package or name.startswith(f"{self.package}."):
+            return importlib.machinery.ModuleSpec(name, _LOADER, is_package=True)
         return None
 
 
 def _stub_triton() -> None:
-    sys.meta_path.insert(0, _TritonFinder())  # type: ignore[arg-type]
+    """Decorators and types for GPU kernels that are defined on import and never launched."""
+    sys.meta_path.insert(0, _StubFinder("triton"))
     triton: Any = importlib.import_module("triton")
     # What SGLang computes with when it imports.
     triton.__version__ = "3.0.0"
     triton.cdiv = lambda a, b: -(a // -b)
     triton.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
+
+
+def _stub_torchvision() -> None:
+    """Image transforms for models that see.
+
+    Its wheel on the package index is a CUDA build that fails to import beside a CPU torch, and takes every model of
+    transformers with it, the trainer's too: so it is not installed, and stubbed here only.
+    """
+    sys.meta_path.insert(0, _StubFinder("torchvision"))
+    torchvision: Any = importlib.import_module("torchvision")
+    torchvision.__version__ = "0.28.0"
 
 
 def _stub_sgl_kernel() -> None:
@@ -97,18 +122,6 @@ def _stub_sgl_kernel() -> None:
     kernel.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
     kernel.__getattr__ = missing
     sys.modules["sgl_kernel"] = kernel
-
-
-def _define_torchvision_operators() -> None:
-    """torchvision's wheel on the index is a CUDA build; its compiled part does not load, and its Python part then
-    misses the operators that it registers fake kernels for."""
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # The operators live as long as the library object.
-    sys.modules[__name__].__dict__["_torchvision_library"] = library
 
 
 def _allocate_host_buffers_unpinned() -> None:
@@ -134,11 +147,10 @@ def install() -> None:
         raise RuntimeError(
             "CUDA is present: run sglang.launch_server itself, the CPU stand-ins would disable its kernels"
         )
-    for name, stand_in in (("triton", _stub_triton), ("sgl_kernel", _stub_sgl_kernel)):
-        # The real package, where it is installed, imports without a GPU.
-        if importlib.util.find_spec(name) is None:
+    stand_ins = {"triton": _stub_triton, "torchvision": _stub_torchvision, "sgl_kernel": _stub_sgl_kernel}
+    for package, stand_in in stand_ins.items():
+        if importlib.util.find_spec(package) is None:  # the real one, where it is installed, stays
             stand_in()
-    _define_torchvision_operators()
     _allocate_host_buffers_unpinned()
 
 

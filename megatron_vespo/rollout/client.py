@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class HttpEngine:
             base_url=self.url, trust_env=False, timeout=httpx.Timeout(control_timeout_s, connect=CONNECT_TIMEOUT_S)
         )
         self._running: dict[str, int] = {}
+        self._scores = count()
         self._lock = threading.Lock()
 
     # --- sampling -----------------------------------------------------------------------------------------------
@@ -65,14 +66,15 @@ class HttpEngine:
         ]
 
     def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        name = f"score-{next(self._scores)}"
         body = {
             "input_ids": [sequence.tolist() for sequence in sequences],
             "sampling_params": [{"max_new_tokens": 0, "temperature": 1.0}] * len(sequences),
-            "rid": [_rid("score", i) for i in range(len(sequences))],
+            "rid": [_rid(name, i) for i in range(len(sequences))],
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        (answer,) = asyncio.run(self._post_all([("score", body)]))
+        (answer,) = asyncio.run(self._post_all([(name, body)]))
         # The first token has no prefix, and no log-prob.
         return [
             np.array([entry[0] for entry in item["meta_info"]["input_token_logprobs"][1:]], np.float32)
