@@ -28,7 +28,9 @@ def test_later_layers_win_and_each_value_knows_its_origin(tmp_path):
 
 
 def test_the_resolved_file_loads_to_the_same_run(tmp_path):
-    resolved = load_config(write(tmp_path, MINIMAL), ["parallel.virtual_pipeline=2", "objective.params={c_pos: [2, 3]}"])
+    resolved = load_config(
+        write(tmp_path, MINIMAL), ["parallel.virtual_pipeline=2", "objective.params={c_pos: [2, 3]}"]
+    )
     again = load_config(write(tmp_path, resolved.to_yaml(), "config.resolved.yaml"))
     assert again.run == resolved.run
 

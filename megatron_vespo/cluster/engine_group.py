@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class EngineHost:
     def __init__(self, log_file: Path) -> None:
         redirect_output(log_file.with_suffix(".host.log"))
         self.log_file = log_file
+        self.engine: HttpEngine | None = None
 
     def launch(self, config: RunConfig, model_path: Path, index: int) -> str:
         rollout = config.rollout
@@ -32,12 +34,13 @@ class EngineHost:
             log_file=self.log_file,
             engine_args=dict(rollout.engine_args),
             seed=config.seed + index,
-            timeout_s=rollout.launch_timeout_s,
+            launch_timeout_s=rollout.launch_timeout_s,
         )
         return self.engine.url
 
     def shutdown(self) -> None:
-        self.engine.shutdown()
+        if self.engine is not None:
+            self.engine.shutdown()
 
 
 class EngineGroup:
@@ -62,9 +65,7 @@ class EngineGroup:
 
     def close(self) -> None:
         for host in self.hosts:
-            try:
+            with contextlib.suppress(RayError):  # a dead one is what was wanted
                 ray.get(host.shutdown.remote(), timeout=30)
-            except (RayError, AttributeError):
-                pass  # it is dead already, which is what was wanted
             ray.kill(host)
         self.hosts = []

@@ -135,4 +135,3 @@ class TrainerGroup:
         for actor in self.ranks:
             ray.kill(actor)
         remove_placement_group(self.placement)
-

@@ -11,9 +11,10 @@ from transformers import AutoConfig
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import MemoryEstimate, estimate_memory
-from megatron_vespo.policy.model import check_layout
+from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
 from megatron_vespo.policy.objective import objective_of
 
 GIB = 1 << 30
@@ -39,7 +40,7 @@ class Plan:
             f"layout       {layout.world_size} ranks: tensor {layout.tensor}, pipeline {layout.pipeline}, "
             f"context {layout.context}, data {layout.data}; expert {layout.expert} x tensor {layout.expert_tensor}",
             f"memory/rank  about {memory.total / GIB:.1f} GiB: {by_part}",
-            f"rollout      {sequences} sequences a step from {config.rollout.engines} {config.rollout.engine} engine(s)",
+            f"rollout      {sequences} sequences a step, {config.rollout.engines} {config.rollout.engine} engine(s)",
             f"training     {config.train.steps} steps x {config.train.mini_batches} updates of "
             f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
             f"run          {config.directory}",
@@ -55,13 +56,18 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
     try:
-        layout = ParallelLayout.from_config(
-            config.parallel, config.cluster.world_size, getattr(hf_config, "num_experts", 0)
-        )
+        layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
+        check_architecture(hf_config)
         check_layout(hf_config, layout)
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    checkpoint = newest(config.directory / "checkpoints") if config.checkpoint.resume else None
+    if checkpoint is not None:
+        try:
+            check_same_model(checkpoint, hf_config)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
     return Plan(config, layout, estimate_memory(hf_config, config, layout), missing)
 
 
@@ -80,7 +86,9 @@ def _absent_files(config: RunConfig) -> list[str]:
 def _model_config(config: RunConfig) -> Any:
     folder = config.model.path if (config.model.path / "config.json").is_file() else config.model.shape
     if folder is None:
-        raise ConfigError(f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint")
+        raise ConfigError(
+            f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
+        )
     return read_hf_config(folder)
 
 
@@ -108,6 +116,4 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
             "lower one of them"
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
-        raise ConfigError(
-            "rollout.samples_per_prompt = 1 with a group advantage gives every sample the advantage 0; sample at least 2"
-        )
+        raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")

@@ -145,8 +145,8 @@ class Run:
         tolerance = self.config.sync.probe_tolerance
         if tolerance is not None and not worst <= tolerance:
             raise SyncError(
-                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by {worst:.3g} "
-                f"(sync.probe_tolerance = {tolerance:g}): the weights did not arrive whole, or the precisions differ"
+                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by "
+                f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole or precisions differ"
             )
 
     # ------------------------------------------------------------------------------------------ records
@@ -206,7 +206,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
     checkpoint = newest(directory / "checkpoints") if config.checkpoint.resume else None
-    state = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
+    state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []

@@ -90,23 +90,23 @@ LEARNING = (
 OFF_POLICY = (
     Panel(
         *("Sequence weight W", "Mean of W = π/μ over responses; 1 on policy, and in expectation over μ."),
-        *((("w_mean", "mean W"),),),
+        *((("w/mean", "mean W"),),),
         reference=1.0,
     ),
     Panel(
         *("Effective sample size", "(ΣW)² / (n ΣW²): the share of responses that still carry weight."),
-        *((("ess", "ESS / n"),),),
+        *((("w/ess", "ESS / n"),),),
         reference=1.0,
         floor=0.0,
     ),
     Panel(
         *("log W, split", "Mean log W of the stale part (trainer now against trainer then) and of the engine's part."),
-        *((("log_w_stale_mean", "stale"), ("log_w_engine_mean", "engine")),),
+        *((("log_w_stale/mean", "stale"), ("log_w_engine/mean", "engine")),),
         reference=0.0,
     ),
     Panel(
         *("Trainer against engine", "Per token, same weights: mean |Δ log p|, and the k3 estimate of KL."),
-        *((("mismatch_abs", "|Δ log p|"), ("mismatch_k3", "k3")),),
+        *((("rollout_logprob_diff", "|Δ log p|"), ("k3_engine", "k3")),),
         log=True,
     ),
     Panel(
@@ -141,15 +141,22 @@ def draw(panel: Panel, steps: Sequence[Record], evaluations: Sequence[Record]) -
         for label, y in curves.items():
             _draw_curve(axes, x, y, label, next(colors))
         for name, points in scores.items():
-            style = {"marker": "o", "markersize": 5, "linestyle": (0, (1, 2)), "clip_on": False}
-            axes.plot(*zip(*points, strict=True), color=next(colors), label=f"held-out {name}", **style)
+            label = f"held-out {name}"
+            size = 5 if len(points) <= 20 else 2.5
+            line = axes.plot(*zip(*points, strict=True), color=next(colors), label=label, marker="o", markersize=size)
+            line[0].set(linestyle=(0, (1, 2)), clip_on=False)
         if panel.log and any((y > 0).any() for y in curves.values()):
             axes.set_yscale("log", nonpositive="mask")
         if panel.reference is not None:
             axes.axhline(panel.reference, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         if panel.floor is not None:
+            seen = np.concatenate([*curves.values(), *(np.array([v for _, v in points]) for points in scores.values())])
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, panel.floor), high if high > panel.floor else panel.floor + 1)
+            bottom = panel.floor if np.nanmin(seen) >= panel.floor else low
+            axes.set_ylim(bottom, high if np.nanmax(seen) > panel.floor else panel.floor + 1)
+        low, high = axes.get_xlim()
+        if high - low < 1:
+            axes.set_xlim(low - 1, high + 1)
         if len(curves) + len(scores) > 1:
             _legend(figure, axes)
         return _svg(figure)
@@ -182,20 +189,21 @@ def _scores(evaluations: Sequence[Record]) -> dict[str, list[tuple[int, float]]]
 
 
 def draw_seconds(steps: Sequence[Record]) -> str | None:
-    """Seconds by phase, stacked, a bar a step; None if no record has any."""
+    """Seconds by phase, stacked, over the steps; None if no record has any."""
     rows = [(record["step"], record["seconds"]) for record in steps if record.get("seconds")]
     if not rows:
         return None
     phases = list(dict.fromkeys(phase for _, seconds in rows for phase in seconds))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
-        x = np.array([step for step, _ in rows])
-        bottom = np.zeros(len(rows))
-        for i, phase in enumerate(phases):
-            height = np.array([seconds.get(phase) or 0.0 for _, seconds in rows])
-            # Bars without gaps: with hundreds of steps a gap would swallow the bar.
-            axes.bar(x, height, bottom=bottom, width=1.0, color=SERIES[i % len(SERIES)], label=phase, linewidth=0)
-            bottom += height
+        # One outline a phase, a plateau a step: as bars, 1,500 steps would be 7,500 rectangles.
+        edges = np.array([rows[0][0], *(step + 1 for step, _ in rows)]) - 0.5
+        bottom = np.zeros(len(edges))
+        for phase, color in zip(phases, SERIES * len(phases), strict=False):
+            heights = [seconds.get(phase) or 0.0 for _, seconds in rows]
+            top = bottom + np.array([*heights, heights[-1]])
+            axes.fill_between(edges, bottom, top, step="post", color=color, label=phase, linewidth=0)
+            bottom = top
         axes.set_ylabel("seconds a step")
         _legend(figure, axes)
         return _svg(figure)
@@ -218,7 +226,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str) -> None:
     if len(x) >= 20:
-        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.4)
         y = smooth(y, window=max(5, len(x) // 20))
     axes.plot(x, y, color=color, label=label, marker="o" if len(x) == 1 else None, markersize=4)
 

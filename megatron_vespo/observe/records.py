@@ -13,26 +13,10 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-ALIASES = {
-    "w_mean": "w/mean",
-    "ess": "w/ess",
-    "log_w_mean": "log_w/mean",
-    "log_w_std": "log_w/std",
-    "log_w_stale_mean": "log_w_stale/mean",
-    "log_w_engine_mean": "log_w_engine/mean",
-    "log_w_stale_std": "log_w_stale/std",
-    "log_w_engine_std": "log_w_engine/std",
-    "mismatch_abs": "rollout_logprob_diff",
-    "mismatch_k3": "k3_engine",
-}
-"""The record's name of a quantity -> the objectives' own; either may stand in a record."""
-
 
 def number(record: Record, name: str) -> float | None:
-    """The record's value under ``name`` or its alias; None where there is none."""
+    """The record's value under ``name``; None where there is no number."""
     value = record.get(name)
-    if value is None:
-        value = record.get(ALIASES.get(name, ""))
     return float(value) if isinstance(value, int | float) else None
 
 

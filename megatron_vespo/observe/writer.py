@@ -67,7 +67,10 @@ class RunWriter:
     def close(self) -> None:
         self._metrics.close()
         if self._wandb is not None:
+            import wandb
+
             self._wandb.finish()
+            wandb.teardown()  # finish may return before wandb's own process has written everything and ended
             self._wandb = None
 
     def __enter__(self) -> RunWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import cache
 from typing import Literal, Protocol
 
@@ -26,6 +27,10 @@ class Platform(Protocol):
     @property
     def layer_spec_kind(self) -> LayerSpecKind:
         """Which of megatron-core's layer specs ``layer_spec: auto`` means here."""
+
+    @property
+    def fused_gradient_accumulation(self) -> bool:
+        """Whether Apex's kernel that adds a weight gradient into the main gradient is installed."""
 
     def prepare_megatron(self, threads: int | None = None) -> None:
         """Makes megatron-core usable in this process; call it before anything of it runs.
@@ -52,6 +57,13 @@ class Platform(Protocol):
 
 class PlatformError(RuntimeError):
     """This machine, or the installed version of a library, is not one that the project knows how to run on."""
+
+
+def silence_fallback_warnings() -> None:
+    """Call before megatron.core is imported: on a CPU its half-dozen notes that Apex and Transformer Engine are absent
+    say nothing that ``current()`` does not decide."""
+    if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*", module=r"megatron\.core")
 
 
 def has_transformer_engine() -> bool:

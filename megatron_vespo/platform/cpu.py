@@ -22,6 +22,10 @@ class CpuPlatform:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def fused_gradient_accumulation(self) -> bool:
+        return False
+
     def prepare_megatron(self, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)

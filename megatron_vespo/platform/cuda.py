@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -21,6 +22,10 @@ class CudaPlatform:
     def device(self) -> torch.device:
         # Ray and torchrun both say which of the visible devices is this rank's; alone, it is the first.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+    @property
+    def fused_gradient_accumulation(self) -> bool:
+        return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
     def prepare_megatron(self, threads: int | None = None) -> None:
         if threads is not None:

@@ -1,0 +1,3 @@
+from megatron_vespo import platform
+
+platform.silence_fallback_warnings()

@@ -8,7 +8,6 @@ state is kept because none is used: the model has no dropout, and sampling seeds
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 STATE_FILE = "state.json"
-_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_moe_experts")
+_SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "num_experts",
+    "moe_intermediate_size",
+)
 
 
 class CheckpointError(RuntimeError):
@@ -38,8 +47,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints`` folder."""
-    found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / STATE_FILE).exists()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+    return max(_complete(checkpoints), key=_step, default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -52,13 +60,32 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and what interrupted saves left."""
-    complete = sorted(p for p in checkpoints.glob("step_*") if (p / STATE_FILE).exists() and p.suffix != ".partial")
-    for folder in [*complete[:-keep], *checkpoints.glob("step_*.partial")]:
+    for folder in [*sorted(_complete(checkpoints), key=_step)[:-keep], *checkpoints.glob("step_*.partial")]:
         shutil.rmtree(folder)
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    return [p for p in checkpoints.glob("step_*") if p.suffix != ".partial" and (p / STATE_FILE).exists()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def check_same_model(folder: Path, hf_config: Any) -> None:
+    """Raises :class:`CheckpointError` when the checkpoint is of a model of another shape."""
+    saved, ours = json.loads((folder / STATE_FILE).read_text())["model"], _shape(hf_config)
+    differing = [f"{key} is {saved.get(key)} there and {ours[key]} here" for key in ours if saved.get(key) != ours[key]]
+    if differing:
+        raise CheckpointError(
+            f"{folder}: a checkpoint of another model: {'; '.join(differing)}. "
+            "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
+        )
 
 
 def save_checkpoint(
     folder: Path,
+    hf_config: Any,
     models: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
@@ -74,7 +101,7 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(partial), get_default_save_sharded_strategy("torch_dist", 1))
     dist.barrier()
     if dist.get_rank() == 0:
-        record = {"driver": driver_state, "model": _shape(models[0])}
+        record = {"driver": driver_state, "model": _shape(hf_config)}
         (partial / STATE_FILE).write_text(json.dumps(record, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -87,14 +114,7 @@ def load_checkpoint(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> None:
-    """Collective. Raises :class:`CheckpointError` when the checkpoint is of another model."""
-    saved, ours = json.loads((folder / STATE_FILE).read_text())["model"], _shape(models[0])
-    differing = [f"{key} is {saved.get(key)} there and {ours[key]} here" for key in ours if saved.get(key) != ours[key]]
-    if differing:
-        raise CheckpointError(
-            f"{folder}: a checkpoint of another model: {'; '.join(differing)}. "
-            "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
-        )
+    """Collective. Fills models, optimizer and scheduler, under whatever layout they have."""
     state = _sharded_state(models, optimizer, scheduler, loading=True)
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
     for i, model in enumerate(models):
@@ -103,8 +123,8 @@ def load_checkpoint(
     scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _shape(model: GPTModel) -> dict[str, Any]:
-    return {key: getattr(model.config, key) for key in _SHAPE} | {"vocab_size": model.vocab_size}
+def _shape(hf_config: Any) -> dict[str, Any]:
+    return {key: getattr(hf_config, key, None) for key in _SHAPE}
 
 
 def _sharded_state(

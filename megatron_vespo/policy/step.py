@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vespo.objectives import ObjectiveInputs
 from megatron_vespo.objectives.inputs import Metric, Objective
+from megatron_vespo.policy import layout
+from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.logprobs import vocab_parallel_logprobs
 from megatron_vespo.samples.packing import PackedBatch
 
@@ -31,7 +31,9 @@ def run_micro_batches(
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        return chunk(batch.tokens[None], None, None, packed_seq_params=_packed_params(batch)), partial(loss, batch)
+        return chunk(batch.tokens[None], None, None, packed_seq_params=packed_seq_params(batch.cu_seqlens)), partial(
+            loss, batch
+        )
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -46,19 +48,6 @@ def run_micro_batches(
     )
 
 
-def _packed_params(batch: PackedBatch) -> PackedSeqParams:
-    starts, longest = batch.cu_seqlens, batch.max_seqlen
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        cu_seqlens_q_padded=starts,
-        cu_seqlens_kv_padded=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
 def logprobs_of_labels(
     batch: PackedBatch, logits: torch.Tensor, *, vocab_size: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +57,7 @@ def logprobs_of_labels(
         batch.labels,
         vocab_size=vocab_size,
         temperature=temperature,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        tp_group=layout.tp_group(),
     )
 
 
@@ -76,7 +65,6 @@ def objective_loss(
     objective: Objective, *, vocab_size: int, temperature: float, total_tokens: float, total_sequences: float
 ) -> Any:
     """The loss function that a training pass hands to :func:`run_micro_batches`."""
-    cp_group = parallel_state.get_context_parallel_group()
 
     def loss(batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
         logprobs, entropy = logprobs_of_labels(batch, logits, vocab_size=vocab_size, temperature=temperature)
@@ -91,7 +79,7 @@ def objective_loss(
                 num_segments=batch.num_segments,
                 total_tokens=total_tokens,
                 total_sequences=total_sequences,
-                cp_group=cp_group if cp_group.size() > 1 else None,
+                cp_group=layout.cp_group(),
             )
         )
         entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
@@ -115,5 +103,5 @@ def sum_metrics(tables: Sequence[dict[str, Metric]]) -> MetricTable:
         [torch.stack([part.double() for part in table[name]]) for table in tables for name in names]
     ).reshape(len(tables), len(names), 2)
     total = shares.sum(0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(total, group=layout.dp_cp_group())
     return {name: (total[i, 0].item(), total[i, 1].item()) for i, name in enumerate(names)}

@@ -6,21 +6,20 @@ Every method is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.policy import checkpoint
-from megatron_vespo.policy.layout import ParallelLayout, initialize, local_indices
-from megatron_vespo.policy.model import build_model
+from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, wrap_for_training
 from megatron_vespo.policy.step import (
@@ -34,6 +33,8 @@ from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_m
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
+from megatron_vespo.weights.save import save_hf_folder
+from megatron_vespo.weights.sync import DiskTransport
 
 
 class PolicyTrainer:
@@ -44,10 +45,8 @@ class PolicyTrainer:
         self.config = config
         self.device = platform.current().device
         self.hf_config = AutoConfig.from_pretrained(config.model.path)
-        self.layout = ParallelLayout.from_config(
-            config.parallel, dist.get_world_size(), getattr(self.hf_config, "num_experts", 0)
-        )
-        initialize(self.layout, config.seed)
+        self.layout = ParallelLayout.from_config(config.parallel, dist.get_world_size(), num_experts(self.hf_config))
+        layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
         load_hf(self.models, config.model.path)
         sharded = config.parallel.distributed_optimizer
@@ -82,7 +81,11 @@ class PolicyTrainer:
         metrics = sum_metrics(tables)
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {"loss": (metrics["loss"][0], 1.0), "lr": (learning_rate, 1.0), "grad_norm": (float(grad_norm), 1.0)}
+            metrics |= {
+                "loss": (metrics["loss"][0], 1.0),
+                "lr": (learning_rate, 1.0),
+                "grad_norm": (float(grad_norm), 1.0),
+            }
         return metrics
 
     @torch.no_grad()
@@ -111,10 +114,10 @@ class PolicyTrainer:
     def _plan(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return plan_micro_batches(
             [sample.length for sample in samples],
-            data_parallel=parallel_state.get_data_parallel_world_size(),
+            data_parallel=self.layout.data,
             token_budget=self.config.train.tokens_per_micro_batch,
             multiple_of=self.layout.pipeline if self.layout.virtual_pipeline else 1,
-        )[parallel_state.get_data_parallel_rank()]
+        )[layout.dp_rank()]
 
     def _batches(self, samples: Sequence[Sample]) -> list[PackedBatch]:
         """This rank's micro-batches: its data-parallel share, its context-parallel shard, on its device."""
@@ -126,32 +129,32 @@ class PolicyTrainer:
         return batches
 
     def _local(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        return local_indices(
-            cu_seqlens,
-            parallel_state.get_context_parallel_world_size(),
-            parallel_state.get_context_parallel_rank(),
-        )
+        return layout.local_indices(cu_seqlens, self.layout.context, layout.cp_rank())
 
     def _unshard(self, shard: torch.Tensor, batch: PackedBatch) -> np.ndarray:
         row = shard.new_zeros(int(batch.cu_seqlens[-1]))
         row[self._local(batch.cu_seqlens.cpu()).to(row.device)] = shard
         if self.layout.context > 1:
-            dist.all_reduce(row, group=parallel_state.get_context_parallel_group())
+            dist.all_reduce(row, group=layout.cp_group())
         return row.cpu().numpy()
 
     def _reports(self) -> bool:
-        return (
-            parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
-        )
+        return layout.tp_rank() == 0 and layout.cp_rank() == 0
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full HF tensors one at a time, on rank 0; the other ranks iterate along and get nothing."""
-        return export_hf(self.models, self.hf_config)
+    def publish(self, folder: Path, version: int) -> Path:
+        """Hand the current weights to the engines through ``folder``; returns what they are to load."""
+        transport = DiskTransport(folder, self.config.model.path)
+        return transport.publish(version, export_hf(self.models, self.hf_config))
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the current weights as an HF folder that transformers loads."""
+        save_hf_folder(export_hf(self.models, self.hf_config), folder, self.config.model.path)
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
-        checkpoint.save_checkpoint(folder, self.models, self.optimizer, self.scheduler, driver_state)
+        checkpoint.save_checkpoint(folder, self.hf_config, self.models, self.optimizer, self.scheduler, driver_state)
 
     def load(self, folder: Path) -> None:
+        checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)

@@ -25,8 +25,8 @@ from megatron_vespo.rewards import RewardError, RewardFunction, build_reward
 START_TIMEOUT_S = 120.0
 """A worker imports sympy before it is ready; on a loaded machine that takes seconds."""
 MAX_CHUNK = 16
-MEMORY_LIMIT_BYTES = 16 * 2**30
-"""Address space of a worker: an answer such as 9^{9^{9^{9}}} must end in a MemoryError, not in the machine's swap."""
+MEMORY_LIMIT_BYTES = 8 * 2**30
+"""Address space of a worker: expanding (x+y+z)^{2000} must end in a MemoryError, not in the machine's swap."""
 
 
 @dataclass(frozen=True, slots=True)

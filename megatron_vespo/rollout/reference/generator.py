@@ -1,0 +1,163 @@
+"""The thread that decodes. Everything that changes its state runs on it, between two decode steps."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vespo.rollout.reference.batch import Result, RunningBatch, Sequence
+from megatron_vespo.rollout.reference.model import PREFILL_TOKENS, ReferenceModel
+
+logger = logging.getLogger(__name__)
+
+
+class Generator(threading.Thread):
+    """Continuous batching over one :class:`ReferenceModel`."""
+
+    def __init__(self, model: ReferenceModel, version: int, max_running: int) -> None:
+        super().__init__(name="generator", daemon=True)
+        self.model = model
+        self.version = version
+        self.max_running = max_running
+        self.failure: BaseException | None = None
+        """What ended the thread; the engine is of no use after that."""
+        self._batch = RunningBatch(model)
+        self._waiting: deque[Sequence] = deque()
+        self._to_score: list[Sequence] = []
+        self._paused = False
+        self._stale_cache = False
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+
+    # --- asked from other threads -------------------------------------------------------------------------------
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Each sequence's ``done`` gets its result."""
+        self.call(lambda: self._accept(sequences))
+
+    def pause(self) -> Future[None]:
+        return self.call(lambda: self._set_paused(True))
+
+    def resume(self) -> Future[None]:
+        return self.call(lambda: self._set_paused(False))
+
+    def abort(self, rid: str | None) -> Future[None]:
+        """End the sequence of that name, or all; they return what they have."""
+        return self.call(lambda: self._abort(rid))
+
+    def swap(self, model: ReferenceModel, version: int) -> Future[None]:
+        """Go on under other weights: running sequences keep their tokens, and their keys are computed anew."""
+        return self.call(lambda: self._swap(model, version))
+
+    def call(self, command: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._wake:
+            if self.failure is not None:
+                raise RuntimeError(f"the generator thread has died: {self.failure!r}") from self.failure
+            self._commands.append((command, future))
+            self._wake.notify()
+        return future
+
+    # --- on the thread ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while True:
+                    self._run_commands()
+                    self._advance()
+        except BaseException as error:
+            logger.exception("the generator thread has died")
+            with self._wake:
+                self.failure = error
+                commands, self._commands = self._commands, deque()
+            for _, future in commands:
+                future.set_exception(error)
+            for sequence in [*self._batch.sequences, *self._waiting, *self._to_score]:
+                sequence.done.set_exception(error)
+
+    def _run_commands(self) -> None:
+        with self._wake:
+            while not self._commands and not self._has_work():
+                self._wake.wait()
+            commands, self._commands = self._commands, deque()
+        for command, future in commands:
+            try:
+                future.set_result(command())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _has_work(self) -> bool:
+        return bool(self._to_score) or (not self._paused and bool(self._batch.count or self._waiting))
+
+    def _advance(self) -> None:
+        if self._to_score:
+            self._score()
+        if self._paused:
+            return
+        if self._stale_cache:
+            self._batch.fill(self.model, range(self._batch.count))
+            self._stale_cache = False
+        room = min(self.max_running - self._batch.count, len(self._waiting))
+        if room > 0:
+            self._batch.add(self.model, [self._waiting.popleft() for _ in range(room)])
+        if self._batch.count:
+            self._finish(self._batch.decode(self.model, self.version))
+
+    def _score(self) -> None:
+        """One forward over waiting sequences of like length, at most PREFILL_TOKENS padded tokens."""
+        self._to_score.sort(key=lambda sequence: len(sequence.prompt), reverse=True)
+        longest = len(self._to_score[0].prompt)
+        size = max(1, PREFILL_TOKENS // longest)
+        scored, self._to_score = self._to_score[:size], self._to_score[size:]
+        tokens = torch.zeros(len(scored), longest, dtype=torch.long)
+        for row, sequence in enumerate(scored):
+            tokens[row, : len(sequence.prompt)] = torch.from_numpy(sequence.prompt)
+        logprobs = self.model.score(tokens).numpy()
+        for row, sequence in enumerate(scored):
+            result = self._empty_result("length")
+            result.prompt_logprobs = logprobs[row, : len(sequence.prompt) - 1].copy()
+            sequence.done.set_result(result)
+
+    def _accept(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.done.set_running_or_notify_cancel()  # from here on only a result ends it
+            if sequence.max_tokens == 0:
+                self._to_score.append(sequence)
+            else:
+                self._waiting.append(sequence)
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+
+    def _swap(self, model: ReferenceModel, version: int) -> None:
+        self.model, self.version, self._stale_cache = model, version, True
+
+    def _abort(self, rid: str | None) -> None:
+        rows = [row for row, sequence in enumerate(self._batch.sequences) if rid in (None, sequence.rid)]
+        if rows:
+            self._finish(self._batch.remove({row: "abort" for row in rows}, self.version))
+        aborted = [sequence for sequence in self._waiting if rid in (None, sequence.rid)]
+        self._waiting = deque(sequence for sequence in self._waiting if rid not in (None, sequence.rid))
+        self._finish([(sequence, self._empty_result("abort")) for sequence in aborted])
+
+    def _empty_result(self, reason: Any) -> Result:
+        return Result(
+            tokens=np.empty(0, np.int64),
+            logprobs=np.empty(0, np.float32),
+            versions=np.empty(0, np.int32),
+            finish_reason=reason,
+            version=self.version,
+        )
+
+    @staticmethod
+    def _finish(ended: list[tuple[Sequence, Result]]) -> None:
+        for sequence, result in ended:
+            sequence.done.set_result(result)

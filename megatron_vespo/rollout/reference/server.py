@@ -1,0 +1,191 @@
+"""The HTTP face of the reference engine: the subset of SGLang's native API that our client speaks, JSON only."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_vespo.rollout.reference.batch import Result, Sequence
+from megatron_vespo.rollout.reference.generator import Generator
+from megatron_vespo.rollout.reference.model import ReferenceModel
+
+
+class Body(BaseModel):
+    # A field of SGLang's that this engine would ignore is refused: silence would be a wrong answer.
+    model_config = ConfigDict(extra="forbid")
+
+
+class SamplingBody(Body):
+    max_new_tokens: int = Field(128, ge=0)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    sampling_seed: int | None = None
+
+
+class GenerateBody(Body):
+    input_ids: list[list[int]]
+    sampling_params: list[SamplingBody]
+    rid: list[str]
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+
+
+class UpdateBody(Body):
+    model_path: Path
+    weight_version: str
+    flush_cache: bool = True
+
+
+class PauseBody(Body):
+    mode: str = "retract"
+
+
+class AbortBody(Body):
+    rid: str = ""
+    abort_all: bool = False
+
+
+def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> FastAPI:
+    """Routes over a running generator. ``random_seed`` starts the seeds of requests that bring none."""
+    app = FastAPI(openapi_url=None)
+    unseeded = itertools.count(random_seed << 32)
+
+    @app.exception_handler(Exception)
+    def failed(_: Request, error: Exception) -> JSONResponse:
+        return _refusal(500, repr(error))
+
+    @app.get("/health")
+    def health() -> Response:
+        if generator.failure is not None:
+            return _refusal(503, f"the generator thread has died: {generator.failure!r}")
+        return Response()
+
+    @app.get("/model_info")
+    def model_info() -> JSONResponse:
+        return JSONResponse({"weight_version": str(generator.version)})
+
+    @app.post("/generate")
+    async def generate(body: GenerateBody, request: Request) -> JSONResponse:
+        sequences = _sequences(body, generator.model, unseeded)
+        generator.submit(sequences)
+        pending: set[asyncio.Future[Result]] = {asyncio.wrap_future(sequence.done) for sequence in sequences}
+        while pending:
+            _, pending = await asyncio.wait(pending, timeout=1.0)
+            if pending and await request.is_disconnected():
+                for sequence in sequences:
+                    generator.abort(sequence.rid)
+        return JSONResponse([_answer(sequence, sequence.done.result()) for sequence in sequences])
+
+    @app.post("/update_weights_from_disk")
+    async def update_weights_from_disk(body: UpdateBody) -> JSONResponse:
+        try:
+            version = int(body.weight_version)
+            # Loaded beside the running weights; generation goes on until the swap, which nothing can fail any more.
+            model = await asyncio.to_thread(ReferenceModel, body.model_path, dtype, generator.model.context_length)
+            _check_same_shape(generator.model, model)
+        except (ValueError, OSError) as error:
+            return _refusal(400, str(error))
+        await asyncio.wrap_future(generator.swap(model, version))
+        return JSONResponse({"success": True, "message": f"weights of {body.model_path} are version {version}"})
+
+    @app.post("/pause_generation")
+    async def pause_generation(body: PauseBody) -> Response:
+        if body.mode != "retract":
+            raise HTTPException(400, f"the reference engine pauses with mode 'retract' only, not {body.mode!r}")
+        await asyncio.wrap_future(generator.pause())
+        return Response()
+
+    @app.post("/continue_generation")
+    async def continue_generation() -> Response:
+        await asyncio.wrap_future(generator.resume())
+        return Response()
+
+    @app.post("/abort_request")
+    async def abort_request(body: AbortBody) -> Response:
+        if body.abort_all or body.rid:
+            await asyncio.wrap_future(generator.abort(None if body.abort_all else body.rid))
+        return Response()
+
+    return app
+
+
+def _refusal(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message}}, status_code=status)
+
+
+def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.count) -> list[Sequence]:
+    if not len(body.input_ids) == len(body.sampling_params) == len(body.rid):
+        raise HTTPException(400, "input_ids, sampling_params and rid differ in length")
+    sequences = []
+    for rid, prompt, sampling in zip(body.rid, body.input_ids, body.sampling_params, strict=True):
+        if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
+            raise HTTPException(400, f"{rid}: input_ids are empty or outside the vocabulary of {model.vocab_size}")
+        if len(prompt) + sampling.max_new_tokens > model.context_length:
+            raise HTTPException(
+                400,
+                f"{rid}: {len(prompt)} prompt tokens and max_new_tokens {sampling.max_new_tokens} exceed "
+                f"the context length {model.context_length}",
+            )
+        sequences.append(
+            Sequence(
+                rid=rid,
+                prompt=np.asarray(prompt, np.int64),
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                stop_token_ids=() if sampling.ignore_eos else (*sampling.stop_token_ids, *model.eos_token_ids),
+                seed=next(unseeded) if sampling.sampling_seed is None else sampling.sampling_seed,
+            )
+        )
+    return sequences
+
+
+def _answer(sequence: Sequence, result: Result) -> dict[str, Any]:
+    """SGLang's shape: log-probs as [logprob, token, text], version spans over the response."""
+    finish: dict[str, Any] = {"type": result.finish_reason}
+    if result.finish_reason == "stop":
+        finish["matched"] = int(result.tokens[-1])
+    tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
+    meta: dict[str, Any] = {
+        "id": sequence.rid,
+        "finish_reason": finish,
+        "prompt_tokens": len(sequence.prompt),
+        "completion_tokens": len(tokens),
+        "weight_version": str(result.version),
+        "weight_versions": _spans(result.versions),
+        "output_token_logprobs": [[logprob, token, None] for logprob, token in zip(logprobs, tokens, strict=True)],
+    }
+    if result.prompt_logprobs is not None:
+        scored = zip([None, *result.prompt_logprobs.tolist()], sequence.prompt.tolist(), strict=True)
+        meta["input_token_logprobs"] = [[logprob, token, None] for logprob, token in scored]
+    return {"output_ids": tokens, "meta_info": meta}
+
+
+def _spans(versions: np.ndarray) -> list[dict[str, Any]]:
+    edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
+    return [
+        {"version": str(versions[start]), "start": start, "end": end}
+        for start, end in itertools.pairwise(edges)
+        if end > start
+    ]
+
+
+def _check_same_shape(old: ReferenceModel, new: ReferenceModel) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in old.module.state_dict().items()}
+    for name, tensor in new.module.state_dict().items():
+        if shapes.pop(name, None) != tuple(tensor.shape):
+            raise ValueError(f"the new checkpoint is of another shape: {name} is {tuple(tensor.shape)}")
+    if shapes:
+        raise ValueError(f"the new checkpoint is of another shape: it has no {next(iter(shapes))}")

@@ -1,0 +1,133 @@
+"""A Hugging Face folder from a stream of tensors: sharded safetensors, index, tokenizer, config and checksums."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_vespo.weights.checksum import ALGORITHM, checksum
+from megatron_vespo.weights.load import INDEX_FILE
+
+CHECKSUM_FILE = "checksums.json"
+_CARRIED_OVER = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*")
+"""Config, generation config, tokenizer and chat template, code of custom models."""
+
+
+def is_writer() -> bool:
+    """Whether this process writes: rank 0 of torch.distributed, or any process without it."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def save_hf_folder(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    source_folder: Path,
+    max_shard_bytes: int = 1 << 30,
+) -> None:
+    """Writes ``tensors`` as an HF folder, beside the tokenizer and configs of ``source_folder``.
+
+    Works on ``<folder>.partial`` and renames it once it is whole; a folder of the same name is replaced if this
+    function wrote it. ``checksums.json`` holds each tensor's file, dtype, shape and digest. At most one shard
+    (``max_shard_bytes``, or one tensor if that is larger) is held in memory. Under torch.distributed every rank calls
+    it with its stream, and rank 0 writes; the others return when their stream ends, which may be earlier.
+    Raises FileExistsError for a folder that is not ours, OSError when the disk is full.
+    """
+    if not is_writer():
+        for _ in tensors:
+            pass
+        return
+    if folder.exists() and not (folder / CHECKSUM_FILE).exists():
+        raise FileExistsError(f"{folder}: is there already and has no {CHECKSUM_FILE}, so it is not replaced")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _carry_over(source_folder, partial)
+        manifest = _write_shards(tensors, partial, max_shard_bytes)
+        _set_dtype(partial / "config.json", manifest)
+        _write_json(partial / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": manifest})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """The shards and their index; returns the manifest: tensor name -> file, dtype, shape, checksum."""
+    manifest: dict[str, dict[str, Any]] = {}
+    shards: list[Path] = []
+    shard: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = folder / f"shard-{len(shards)}"  # its name says how many there are, which is not known yet
+        save_file(shard, file, metadata={"format": "pt"})
+        shards.append(file)
+        shard.clear()
+
+    for name, tensor in tensors:
+        if name in manifest:
+            raise ValueError(f"{name}: came twice")
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = _own(tensor)
+        size += tensor.nbytes
+        total += tensor.nbytes
+        manifest[name] = {
+            "file": len(shards),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "checksum": checksum(shard[name]),
+        }
+    if not manifest:
+        raise ValueError(f"{folder}: no tensors came to be saved")
+    flush()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for file, name in zip(shards, names, strict=True):
+        file.rename(folder / name)
+    for entry in manifest.values():
+        entry["file"] = names[entry["file"]]
+    if len(shards) > 1:
+        weight_map = {name: entry["file"] for name, entry in manifest.items()}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return manifest
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, contiguous, and alone in its memory: a live parameter moves on, and safetensors wants no sharing."""
+    here = tensor.detach().cpu()
+    return here.clone(memory_format=torch.contiguous_format) if tensor.device.type == "cpu" else here.contiguous()
+
+
+def _carry_over(source: Path, folder: Path) -> None:
+    for pattern in _CARRIED_OVER:
+        for file in source.glob(pattern):
+            if file.name not in (CHECKSUM_FILE, INDEX_FILE):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _set_dtype(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names."""
+    config = json.loads(config_file.read_text())
+    dtype = Counter(entry["dtype"] for entry in manifest.values()).most_common(1)[0][0]
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    _write_json(config_file, config)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,129 @@
+"""report.html: every plot is there, it needs nothing from outside, and no response can break it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_run import sample, step_record, write_run
+
+from megatron_vespo.observe.plots import LEARNING, OFF_POLICY, OPTIMISATION, THROUGHPUT, smooth
+from megatron_vespo.observe.report import ReportError, duration, write_report
+from megatron_vespo.observe.writer import RunWriter
+
+VOID = {"meta", "br", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance and remembers them with their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run_dir = tmp_path_factory.mktemp("runs") / "quickstart"
+    write_run(run_dir)
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return path.read_text()
+
+
+def test_every_plot_is_there(report: str) -> None:
+    panels = [panel for group in (LEARNING, OFF_POLICY, OPTIMISATION, THROUGHPUT) for panel in group]
+    expected = [panel.title for panel in panels if not panel.only_if_varying] + ["Time by phase"]
+    assert re.findall(r"<figcaption><b>(.*?)</b>", report) == expected
+    page = Page(report)
+    assert page.count("svg") == len(expected)
+    for label in ("held-out greedy", "held-out avg@4", "stale", "engine", "k3", "maximum", "rollout", "sync"):
+        assert f">{label}</text>" in report
+    assert ">reward = accuracy</text>" in report  # equal here, so one line
+
+
+def test_the_summary_says_before_and_after(report: str) -> None:
+    assert "0.310 → <strong>0.800</strong>" in report and "+0.490" in report
+    assert "<th>before training</th><td>0.310</td><td>0.284</td><td>200</td>" in report
+    assert "<b>objective</b> vespo" in report and "TP1 PP1 CP1 EP2" in report
+    assert "samples_per_prompt: 8" in report
+
+
+def test_it_is_self_contained_and_follows_the_colour_scheme(report: str) -> None:
+    assert "http" not in report and "//" not in report.replace("</", "")
+    page = Page(report)
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "img", "iframe"}
+        assert "src" not in attributes
+        for name in ("href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "prefers-color-scheme: dark" in report
+    assert "#0102" not in report  # every placeholder colour became a variable
+
+
+def test_html_in_a_sample_or_a_config_is_text(tmp_path: Path) -> None:
+    hostile = "</pre></article><script>alert(1)</script><img src=x onerror=alert(2)> & <b>"
+    write_run(tmp_path, steps=2)
+    with RunWriter(tmp_path, resumed_step=2) as writer:
+        writer.write_samples(2, [sample(2, 0, hostile, hostile, 0.0)])
+    (tmp_path / "config.resolved.yaml").write_text(f"name: {json.dumps(hostile)}\n")
+    report = write_report(tmp_path).read_text()
+    assert Page(report).count("script") == Page(report).count("img") == 0
+    assert report.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5  # title, heading, config, gold, response
+
+
+def test_a_run_that_has_hardly_begun_is_reported(tmp_path: Path) -> None:
+    with RunWriter(tmp_path) as writer:
+        writer.write({"step": 0, "eval": {"greedy": 0.3}})
+    assert "0.300" in write_report(tmp_path).read_text()
+    with RunWriter(tmp_path, resumed_step=0) as writer:
+        writer.write({"step": 1, "loss": None, "rollout_logprob_diff": 0.0, "seconds": {"train": None}})
+    report = write_report(tmp_path).read_text()
+    Page(report)
+    assert "Trainer against engine" in report and ">Loss<" not in report
+
+
+def test_without_metrics_the_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"metrics\.jsonl is missing or holds no record"):
+        write_report(tmp_path)
+
+
+def test_a_varying_learning_rate_and_a_differing_accuracy_get_their_lines(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    with RunWriter(tmp_path) as writer:
+        for step in range(1, 4):
+            writer.write(step_record(step, 3, rng) | {"lr": 1e-4 / step, "accuracy": 0.1 * step})
+    report = write_report(tmp_path).read_text()
+    assert "<b>Learning rate</b>" in report
+    assert ">reward</text>" in report and ">accuracy</text>" in report
+
+
+def test_smoothing_passes_over_gaps() -> None:
+    values = np.array([1.0, np.nan, 3.0, np.nan, np.nan, np.nan, 5.0])
+    assert smooth(values, 3).tolist()[:4] == [1.0, 2.0, 3.0, 3.0]
+    assert np.isnan(smooth(values, 3)[4])
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (42.4, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]

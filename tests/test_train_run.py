@@ -1,0 +1,143 @@
+"""``megatron-vespo train`` as a user runs it: driver, Ray, two Megatron ranks, an engine, reward workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import make_checkpoint, make_run, processes_about, records, start, train, wait_until, write_problems
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with checkpoints after the second and the fourth."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = make_run(folder, checkpoint={"every": 2}, train={"steps": 4})
+    code, out, err = train(config)
+    assert code == 0, out + err
+    return folder
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in records(folder / "run") if "eval" not in record]
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    run = finished / "run"
+    for name in ("config.resolved.yaml", "metrics.jsonl", "report.html", "hf", "logs", "checkpoints/step_000004"):
+        assert (run / name).exists(), name
+    assert [r["step"] for r in steps(finished)] == [1, 2, 3, 4]
+    assert [r["version"] for r in steps(finished)] == [2, 4, 6, 8]
+    assert [r["step"] for r in records(run) if "eval" in r] == [0, 4]
+    assert (run / "samples" / "step_000004.md").read_text().count("Response:") == 4
+    assert {path.name for path in (run / "logs").iterdir()} >= {"trainer-0.log", "trainer-1.log", "engine-0.log"}
+    assert not processes_about(str(run))
+
+
+def test_engine_and_trainer_agree_before_and_after_each_sync(finished: Path) -> None:
+    for record in steps(finished):
+        assert record["rollout_logprob_diff"] < 1e-5
+        # Of two mini-batches the second is one version old.
+        assert record["staleness_mean"] == pytest.approx(0.5, abs=0.2) and record["staleness_max"] == 1
+    assert all(record["sync_probe_max"] < 1e-4 for record in steps(finished)[1:])
+    assert all(record["grad_norm"] > 0 for record in steps(finished))
+
+
+def test_the_export_loads_in_transformers_and_differs_from_the_start(finished: Path) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(finished / "run" / "hf")
+    initial = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokens = AutoTokenizer.from_pretrained(finished / "run" / "hf")("1+2 =", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (exported(tokens).logits - initial(tokens).logits).abs().max() > 1e-3
+
+
+def test_a_resumed_run_equals_the_one_that_never_stopped(finished: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(finished, resumed)
+    shutil.rmtree(resumed / "run" / "checkpoints" / "step_000004")
+    shutil.rmtree(resumed / "run" / "hf")
+    code, out, err = train(resumed / "tiny.yaml", f"run_dir={resumed / 'run'}")
+    assert code == 0, out + err
+    assert "step 3/4" in out and "step 2/4" not in out
+    for name in ("reward", "loss", "grad_norm", "w/mean", "response_length", "entropy"):
+        assert [r[name] for r in steps(resumed)] == [r[name] for r in steps(finished)], name
+    ours, theirs = (load_file(folder / "run" / "hf" / "model.safetensors") for folder in (resumed, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
+    config = make_run(tmp_path, train={"steps": 500})
+    process = start(config)
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 90, "first step")
+    engines = [pid for pid in processes_about(str(tmp_path)) if is_engine(pid)]
+    assert engines
+    for pid in engines:
+        os.kill(pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: http://127.0.0.1:" in err and "Traceback" not in err
+    wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+
+
+def is_engine(pid: int) -> bool:
+    return "megatron_vespo.rollout.reference" in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
+    process = start(make_run(tmp_path, train={"steps": 500}))
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 90, "first step")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+
+
+def broken_data(folder: Path) -> list[str]:
+    path = write_problems(folder / "broken.jsonl", 5)
+    path.write_text(path.read_text() + '{"problem": "1+1"\n')
+    return [f"data.train={path}"]
+
+
+def missing_field(folder: Path) -> list[str]:
+    path = folder / "nofield.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+1"}\n')
+    return [f"data.train={path}"]
+
+
+def another_checkpoint(folder: Path) -> list[str]:
+    make_checkpoint(folder / "wider", hidden_size=64)
+    return [f"model.path={folder / 'wider'}", f"run_dir={folder / 'run'}"]
+
+
+@pytest.mark.parametrize(
+    "prepare,expected",
+    [
+        (lambda folder: ["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        (lambda folder: ["parallel.tensor=3", "cluster.ranks_per_node=3"], "num_attention_heads"),
+        (lambda folder: ["parallel.tensor=2", "parallel.pipeline=2"], "does not divide the 2 ranks"),
+        (lambda folder: ["train.mini_batches=3"], "train.mini_batches = 3 does not divide"),
+        (lambda folder: ["objective.name=vesppo"], "did you mean 'vespo'?"),
+        (lambda folder: ["model.path=nowhere"], "model.path = nowhere"),
+        (broken_data, "broken.jsonl, line 6"),
+        (missing_field, "nofield.jsonl, line 2"),
+        (another_checkpoint, "hidden_size is 32 there and 64 here"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(
+    finished: Path, tmp_path: Path, prepare: Any, expected: str
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(finished, folder)
+    code, out, err = train(folder / "tiny.yaml", *prepare(folder), timeout_s=60)
+    assert code == 2, out + err
+    assert expected in err and "Traceback" not in err
+    assert not processes_about(str(folder))

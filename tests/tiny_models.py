@@ -1,0 +1,138 @@
+"""Tiny Hugging Face models, their weights under megatron-core's names, and how a rank takes its share of them.
+
+Independent of the ``weights`` room, so that the two can be held against each other.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+SHAPE = dict(
+    vocab_size=101,  # odd: the vocabulary needs padding under tensor parallelism
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    attn_implementation="eager",
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=32.0,
+    low_freq_factor=1.5,
+    high_freq_factor=3.0,
+    original_max_position_embeddings=64,
+)
+
+
+def tiny_config(kind: str) -> PreTrainedConfig:
+    """``kind``: dense (Qwen3, tied embeddings), moe (Qwen3-MoE), moe_unnormalised, qwen2, llama, llama3."""
+    if kind == "dense":
+        return Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)
+    if kind in ("moe", "moe_unnormalised"):
+        experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=kind == "moe")
+        experts["experts_implementation"] = "eager"  # the grouped one has no float64
+        return Qwen3MoeConfig(**SHAPE, head_dim=16, tie_word_embeddings=False, **experts)
+    if kind == "qwen2":
+        return Qwen2Config(**SHAPE, tie_word_embeddings=False)
+    rope = {"rope_parameters": LLAMA3_ROPE} if kind == "llama3" else {}
+    return LlamaConfig(**SHAPE, tie_word_embeddings=False, **rope)
+
+
+def tiny_hf_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Weights large enough that every part matters, the same for each dtype."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+    return model.to(dtype)
+
+
+def megatron_tensors(config: PreTrainedConfig, hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors by megatron-core's names, layers and experts counted over the whole model; the map is linear, so
+    that it takes gradients too. ``hf``: by transformers' names."""
+    out = {
+        "embedding.word_embeddings.weight": hf["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": hf["model.norm.weight"],
+    }
+    if not config.tie_word_embeddings:
+        out["output_layer.weight"] = hf["lm_head.weight"]
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        out[ours + "input_layernorm.weight"] = hf[theirs + "input_layernorm.weight"]
+        out[ours + "pre_mlp_layernorm.weight"] = hf[theirs + "post_attention_layernorm.weight"]
+        out[ours + "self_attention.linear_proj.weight"] = hf[theirs + "self_attn.o_proj.weight"]
+        for kind in ("weight", "bias"):
+            if theirs + f"self_attn.q_proj.{kind}" in hf:
+                qkv = [hf[theirs + f"self_attn.{x}_proj.{kind}"] for x in "qkv"]
+                grouped = [x.unflatten(0, (config.num_key_value_heads, -1)) for x in qkv]
+                out[ours + f"self_attention.linear_qkv.{kind}"] = torch.cat(grouped, 1).flatten(0, 1)
+        for x in "qk":
+            if theirs + f"self_attn.{x}_norm.weight" in hf:
+                out[ours + f"self_attention.{x}_layernorm.weight"] = hf[theirs + f"self_attn.{x}_norm.weight"]
+        if theirs + "mlp.gate.weight" in hf:
+            out[ours + "mlp.router.weight"] = hf[theirs + "mlp.gate.weight"]
+            for e in range(config.num_experts):
+                expert = ours + f"mlp.experts.local_experts.{e}."
+                out[expert + "linear_fc1.weight"] = hf[theirs + "mlp.experts.gate_up_proj"][e]
+                out[expert + "linear_fc2.weight"] = hf[theirs + "mlp.experts.down_proj"][e]
+        else:
+            halves = [hf[theirs + f"mlp.{x}_proj.weight"] for x in ("gate", "up")]
+            out[ours + "mlp.linear_fc1.weight"] = torch.cat(halves)
+            out[ours + "mlp.linear_fc2.weight"] = hf[theirs + "mlp.down_proj.weight"]
+    return out
+
+
+def whole_name(chunk: Any, name: str) -> str:
+    """A parameter's name in the whole model, from its name in one rank's chunk."""
+    if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+        name = f"decoder.layers.{chunk.decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
+    if match := re.match(r"(.*local_experts\.)(\d+)(\..*)", name):
+        here = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        name = f"{match[1]}{int(match[2]) + here * parallel_state.get_expert_model_parallel_rank()}{match[3]}"
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name
+
+
+def share_of(whole: torch.Tensor, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a whole tensor; zeros where the vocabulary is padded."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    expert = "local_experts" in name
+    size = parallel_state.get_expert_tensor_parallel_world_size() if expert else 0
+    rank = parallel_state.get_expert_tensor_parallel_rank() if expert else 0
+    if not expert:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    if "linear_fc1" in name:  # gate and up are cut apart
+        return torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)
+    if missing := -whole.shape[dim] % size:
+        whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+    return whole.chunk(size, dim)[rank]
+
+
+def load(chunks: list[Any], whole: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                full_name = whole_name(chunk, name)
+                parameter.copy_(share_of(whole[full_name], full_name, parameter))
