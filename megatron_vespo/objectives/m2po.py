@@ -39,8 +39,7 @@ class M2po:
 
     def measure(self, ratios: Ratios) -> torch.Tensor:
         """Counts of harmful tokens by |log r| (below the first edge, ..., from the last on), then sums of squares."""
-        chosen = harmful(ratios) & ratios.mask
-        sizes = ratios.log_ratio.detach()[chosen].abs()
+        sizes = ratios.log_ratio.detach()[harmful(ratios)].abs()
         bins = torch.bucketize(sizes, edges(sizes), right=True)
         columns = torch.stack([torch.ones_like(sizes), sizes * sizes])
         return sizes.new_zeros(2, BINS + 1).index_add_(1, bins, columns).flatten()
@@ -65,6 +64,7 @@ class DroppedFrom:
 
 
 def harmful(ratios: Ratios) -> torch.Tensor:
+    """[T] bool; False where masked, as log r is 0 there."""
     return ratios.token_advantages() * ratios.log_ratio.detach() > 0
 
 
