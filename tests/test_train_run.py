@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny_run import make_checkpoint, make_run, processes_about, records, start, train, wait_until, write_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_vespo.cli import main
+
 pytestmark = pytest.mark.slow
 
 
@@ -82,7 +84,7 @@ def test_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: 
     assert engines
     for pid in engines:
         os.kill(pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error: http://127.0.0.1:" in err and "Traceback" not in err
     wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
@@ -133,11 +135,11 @@ def another_checkpoint(folder: Path) -> list[str]:
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(
-    finished: Path, tmp_path: Path, prepare: Any, expected: str
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Any, expected: str
 ) -> None:
     folder = tmp_path / "bad"
     shutil.copytree(finished, folder)
-    code, out, err = train(folder / "tiny.yaml", *prepare(folder), timeout_s=60)
-    assert code == 2, out + err
-    assert expected in err and "Traceback" not in err
+    code = main(["train", str(folder / "tiny.yaml"), *prepare(folder)])
+    err = capsys.readouterr().err
+    assert code == 2 and expected in err and "Traceback" not in err
     assert not processes_about(str(folder))

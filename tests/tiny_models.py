@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -41,13 +42,16 @@ LLAMA3_ROPE = dict(
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """``kind``: dense (Qwen3, tied embeddings), moe (Qwen3-MoE), moe_unnormalised, qwen2, llama, llama3."""
+    """``kind``: dense (Qwen3, tied embeddings), moe (Qwen3-MoE), moe_unnormalised, mixtral, qwen2, llama, llama3."""
     if kind == "dense":
         return Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)
     if kind in ("moe", "moe_unnormalised"):
         experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=kind == "moe")
         experts["experts_implementation"] = "eager"  # the grouped one has no float64
         return Qwen3MoeConfig(**SHAPE, head_dim=16, tie_word_embeddings=False, **experts)
+    if kind == "mixtral":
+        experts = dict(num_local_experts=8, num_experts_per_tok=2, experts_implementation="eager")
+        return MixtralConfig(**SHAPE, tie_word_embeddings=False, **experts)
     if kind == "qwen2":
         return Qwen2Config(**SHAPE, tie_word_embeddings=False)
     rope = {"rope_parameters": LLAMA3_ROPE} if kind == "llama3" else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
     # Ray runs workers at low priority by default, which starves trainers beside anything else on the node.
     os.environ.setdefault("RAY_worker_niceness", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -36,6 +38,8 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         )
     except (ConnectionError, ValueError) as error:
         raise ClusterError(f"cluster.address = {address!r}: Ray cannot be reached ({error})") from None
+    # Ray puts a handler of its own there, which aborts the process before it can end its children.
+    signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
     finally:

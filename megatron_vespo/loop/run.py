@@ -203,13 +203,13 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
 
     config = resolved.run
     directory = config.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
     checkpoint = newest(directory / "checkpoints") if config.checkpoint.resume else None
     state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
 
     with ExitStack() as stack:
         writer = stack.enter_context(

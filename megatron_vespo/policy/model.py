@@ -1,7 +1,7 @@
 """From a Hugging Face config to megatron-core's GPTModel, for one parallel layout.
 
 ``transformer_config`` translates the architecture, ``build_model`` builds this rank's part of it (weights random; the
-``weights`` room loads them). Supported families: llama, qwen2, qwen3, qwen3_moe.
+``weights`` room loads them). Supported families: see FAMILIES.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True},
     "qwen3_moe": {"qk_layernorm": True},
+    "mixtral": {},
 }
 """``model_type`` of a Hugging Face config, and what sets it apart as a TransformerConfig."""
 
@@ -95,10 +96,10 @@ def transformer_config(
         settings.update(
             num_moe_experts=experts,
             moe_layer_freq=_moe_layers(hf_config),
-            moe_ffn_hidden_size=hf_config.moe_intermediate_size,
+            moe_ffn_hidden_size=_expert_width(hf_config),
             moe_router_topk=hf_config.num_experts_per_tok,
             # Softmax over all experts and then the top k, renormalised, is the softmax over the top k.
-            moe_router_pre_softmax=not hf_config.norm_topk_prob,
+            moe_router_pre_softmax=not getattr(hf_config, "norm_topk_prob", True),
             moe_router_dtype=model.router_dtype,
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
@@ -208,9 +209,7 @@ def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[
         yield "parallel.tensor", layout.tensor, "intermediate_size", hf_config.intermediate_size
     if experts:
         yield "parallel.expert", layout.expert, "num_experts", experts
-        yield (
-            "parallel.expert_tensor", layout.expert_tensor, "moe_intermediate_size", hf_config.moe_intermediate_size
-        )  # fmt: skip
+        yield "parallel.expert_tensor", layout.expert_tensor, "moe_intermediate_size", _expert_width(hf_config)
     yield "parallel.pipeline", layout.pipeline, "num_hidden_layers", hf_config.num_hidden_layers
     if layout.virtual_pipeline is not None:
         stages = layout.pipeline * layout.virtual_pipeline
@@ -243,6 +242,11 @@ def _moe_layers(hf_config: PreTrainedConfig) -> list[int]:
     """[layers]: 1 where a layer is an MoE layer."""
     step, dense = getattr(hf_config, "decoder_sparse_step", 1), getattr(hf_config, "mlp_only_layers", None) or ()
     return [int(i not in dense and (i + 1) % step == 0) for i in range(hf_config.num_hidden_layers)]
+
+
+def _expert_width(hf_config: PreTrainedConfig) -> int:
+    """Intermediate size of one expert; Mixtral has one name for it and for a dense layer's."""
+    return getattr(hf_config, "moe_intermediate_size", None) or hf_config.intermediate_size
 
 
 def _kv_heads(hf_config: PreTrainedConfig) -> int:

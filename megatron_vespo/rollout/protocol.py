@@ -24,9 +24,12 @@ class SamplingParams:
 
     max_tokens: int
     temperature: float = 1.0
+    """0: greedy, and then log-probs are those at temperature 1."""
     top_p: float = 1.0
     top_k: int = -1
     stop_token_ids: tuple[int, ...] = ()
+    """Sampling one of these ends the response, and so does the checkpoint's own end-of-sequence token. Empty: neither,
+    responses run to max_tokens."""
 
 
 @dataclass(slots=True)
@@ -34,6 +37,7 @@ class GenerateRequest:
     """Ask for ``n`` responses to one prompt (a prompt group is one request, so that it can be aborted as one)."""
 
     id: str
+    """Not that of another running request."""
     prompt_tokens: np.ndarray
     sampling: SamplingParams
     n: int = 1

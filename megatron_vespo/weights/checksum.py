@@ -11,5 +11,5 @@ ALGORITHM = "xxh3_128"
 def checksum(tensor: torch.Tensor) -> str:
     """32 hex digits over dtype, shape and bytes (row-major), so that -0.0 differs from 0.0 and a NaN equals itself."""
     digest = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -73,8 +73,8 @@ def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
     wanted = {name for parameter in parameters for name in parameter.hf_names}
     if unwrap(models[0]).share_embeddings_and_output_weights:
         output = family(hf_config.model_type)[OUTPUT].hf[0]
-        if output in checkpoint.files:  # some checkpoints of tied models hold it as well
-            wanted.add(output)
+        wanted.add(output)  # some checkpoints of tied models hold it as well
+        if output in checkpoint.files and not problems:
             problems += [p for x in parameters if x.key == EMBEDDING for p in _check_tied(x, output, checkpoint)]
     _agree(problems, wanted, checkpoint, parameters[0].tensor.device)
 

@@ -159,8 +159,10 @@ class ReferenceModel:
     def decode(self, cache: RowCache, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, vocab] after feeding tokens [rows] at positions [rows] to the rows 0..n-1 of the cache."""
         cache.rows, cache.positions, cache.length = torch.arange(len(tokens)), positions, int(positions.max()) + 1
-        mask = torch.arange(cache.length)[None] <= positions[:, None]
-        return self._forward(tokens[:, None], mask[:, None, None], positions[:, None], cache)[:, 0]
+        # A bias, made once: a boolean mask would be turned into one by every layer.
+        hidden = torch.arange(cache.length)[None] > positions[:, None]
+        bias = torch.zeros(hidden.shape, dtype=self.module.dtype).masked_fill(hidden, -torch.inf)
+        return self._forward(tokens[:, None], bias[:, None, None], positions[:, None], cache)[:, 0]
 
     def score(self, tokens: Tensor) -> Tensor:
         """Log-probs [sequences, length - 1] of tokens [sequences, length] given their prefix, at temperature 1."""
