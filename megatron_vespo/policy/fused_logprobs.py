@@ -1,7 +1,7 @@
 """Log-probs of given tokens from hidden states and the output weight, never holding [tokens, vocabulary] in full.
 
 The logits exist one tile (some tokens x some columns of the vocabulary) at a time, in float32. The forward pass keeps
-of a row of a tile its log-normaliser and its mean logit, which merge over tiles, and then over tensor-parallel ranks,
+of a row of a tile its log-normaliser and its entropy, which merge over tiles, and then over tensor-parallel ranks,
 by one formula; for the backward pass it saves what it was given and one float a token. The backward pass makes the
 tiles again, with the coefficient of every token known: an objective such as VESPO has it only after the sums over
 whole responses, which is why gradients cannot be taken in the forward pass as fused cross-entropies do. That costs
@@ -69,11 +69,10 @@ class _FusedLogprobs(torch.autograd.Function):
             shares = summary.new_empty(tp_size, *summary.shape)
             dist.all_gather(list(shares), summary, group=tp_group)
             summary = _merge(shares)
-        log_normaliser, mean, target = summary
+        log_normaliser, entropy, target = summary
 
         ctx.save_for_backward(hidden, weight, local_labels, log_normaliser)
         ctx.columns, ctx.temperature = columns, temperature
-        entropy = log_normaliser - mean
         ctx.mark_non_differentiable(entropy)
         return target - log_normaliser, entropy
 
@@ -122,20 +121,23 @@ def _tiles(
 
 
 def _summary(logits: torch.Tensor, target: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-    """[3, t]: over the columns of one tile, the log-normaliser, the mean logit under the softmax, and the label's logit
-    (0 where the label is in another tile)."""
+    """[3, t]: over the columns of one tile, the softmax's log-normaliser and entropy, and the label's logit (0 where
+    the label is in another tile)."""
     label = torch.where(mine, logits.gather(1, target), 0.0)[:, 0]
     peak = logits.amax(1)
-    exps = (logits - peak[:, None]).exp_()
+    logits.sub_(peak[:, None])
+    exps = logits.exp()
     normaliser = exps.sum(1)
-    return torch.stack([peak + normaliser.log(), exps.mul_(logits).sum(1) / normaliser, label])
+    entropy = normaliser.log() - exps.mul_(logits).sum(1) / normaliser
+    return torch.stack([peak + normaliser.log(), entropy, label])
 
 
 def _merge(summaries: torch.Tensor) -> torch.Tensor:
     """[n, 3, t] summaries of parts of the vocabulary -> [3, t] of them together."""
-    log_normalisers, means, labels = summaries.unbind(1)
+    log_normalisers, entropies, labels = summaries.unbind(1)
     together = log_normalisers.logsumexp(0)
-    return torch.stack([together, ((log_normalisers - together).exp() * means).sum(0), labels.sum(0)])
+    shares = (log_normalisers - together).exp()
+    return torch.stack([together, (shares * entropies + torch.special.entr(shares)).sum(0), labels.sum(0)])
 
 
 def _empty_summary(hidden: torch.Tensor) -> torch.Tensor:
