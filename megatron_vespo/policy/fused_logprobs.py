@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_vespo import platform
 
-TILE_TOKENS = 4096
+TILE_TOKENS = 2048
 TILE_COLUMNS = 4096
 
 
