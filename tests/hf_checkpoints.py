@@ -20,7 +20,8 @@ from megatron_vespo.policy.model import build_model
 from megatron_vespo.weights.export import export_hf
 
 KINDS = ("qwen3 tied", "qwen3 untied", "qwen3_moe", "qwen3_moe mixed", "qwen2 tied", "qwen2 untied", "llama", "mixtral")
-"""All have an odd vocabulary (101). mixed: one layer of four is dense."""
+"""All have an odd vocabulary (101) and are float32. mixed: one layer of four is dense."""
+BFLOAT16 = "qwen3_moe bfloat16"
 TOKENS = torch.randint(101, (40,), generator=torch.Generator().manual_seed(5))
 
 
@@ -34,16 +35,18 @@ def hf_config(kind: str) -> PreTrainedConfig:
     return config
 
 
-def write_checkpoint(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+def write_checkpoint(folder: Path, kind: str) -> Path:
+    dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
     tiny_hf_model(hf_config(kind), dtype).save_pretrained(folder)
     return folder
 
 
-def build(folder: Path, dtype: str = "float32", **split: Any) -> tuple[list[Any], PreTrainedConfig]:
-    """This rank's chunks with random weights, under the layout ``split``."""
+def build(folder: Path, **split: Any) -> tuple[list[Any], PreTrainedConfig]:
+    """This rank's chunks with random weights, under the layout ``split``, in the checkpoint's dtype."""
     layout = ParallelLayout(world_size=dist.get_world_size(), **split)
     ranks.initialize(layout, seed=1)
     config = AutoConfig.from_pretrained(folder)
+    dtype = str(config.dtype).removeprefix("torch.")
     return build_model(config, ModelConfig(path=folder, dtype=dtype, layer_spec="local"), layout), config
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_vespo.objectives import ObjectiveInputs
+from megatron_vespo.objectives import (
+    ComposedObjective,
+    Metric,
+    ObjectiveInputs,
+    available_objectives,
+    build_objective,
+)
+from megatron_vespo.observe.metrics import MetricSums
 
 AGGREGATION_PARAMS: dict[str, dict] = {
     "token-mean": {},
@@ -16,7 +23,67 @@ AGGREGATION_PARAMS: dict[str, dict] = {
     "seq-mean-token-mean": {},
     "constant": {"constant_length": 96.0},
 }
-OBJECTIVE_NAMES = ("vespo", "grpo", "gspo", "sapo")
+OBJECTIVE_CASES: dict[str, tuple[str, dict]] = {
+    **{name: (name, {}) for name in available_objectives()},
+    "vespo, 1/T": ("vespo", {"length_power": 1.0}),
+    "vespo, 1/sqrt(T)": ("vespo", {"length_power": 0.5}),
+    "importance_sampling, capped": ("importance_sampling", {"cap": 1.05}),
+    "importance_sampling, token": ("importance_sampling", {"level": "token"}),
+    "importance_sampling, token capped": ("importance_sampling", {"level": "token", "cap": 1.5}),
+    "cispo, tight": ("cispo", {"low": 0.7, "high": 1.5}),
+    "bapo, target met": ("bapo", {"target": 0.37}),
+    "bapo, authors' order": ("bapo", {"raise_first": "low", "target": 0.366, "high": (1.2, 2.0), "low": (0.6, 0.8)}),
+    "dppo, kl": ("dppo", {"divergence": "kl"}),
+}
+"""Every objective with its defaults, and the forms that its parameters switch between: case -> (name, params)."""
+
+# Tight enough that the responses below lie on both sides of each bound.
+CORRECTION_CASES: dict[str, tuple[str, dict]] = {
+    "none": ("none", {}),
+    "trainer": ("trainer", {}),
+    "split": ("split", {}),
+    "split, token": ("split", {"level": "token"}),
+    "tis": ("tis", {"cap": 1.05}),
+    "tis, sequence": ("tis", {"level": "sequence", "cap": 1.05}),
+    "icepop": ("icepop", {"low": 0.9, "high": 1.1}),
+    "mis": ("mis", {"low": 0.9, "high": 1.15}),
+    "geometric": ("geometric", {"low": 0.99, "high": 1.01}),
+    "geometric, engine": ("geometric", {"low": 0.99, "high": 1.01, "behaviour": "engine"}),
+    "opsm": ("opsm", {"delta": 0.01}),
+    "opsm, trainer": ("opsm", {"delta": 0.01, "behaviour": "trainer"}),
+}
+
+
+def build_case(case: str, aggregation: str = "token-mean", correction_case: str = "none") -> ComposedObjective:
+    name, params = OBJECTIVE_CASES[case]
+    correction, correction_params = CORRECTION_CASES[correction_case]
+    return build_objective(
+        name,
+        aggregation=aggregation,
+        correction=correction,
+        correction_params=correction_params,
+        **AGGREGATION_PARAMS[aggregation],
+        **params,
+    )
+
+
+def ready(objective: ComposedObjective, micro_batches: Sequence[ObjectiveInputs]) -> ComposedObjective:
+    """The objective, prepared on all micro-batches of a mini-batch where it needs that."""
+    if not objective.needs_preparation:
+        return objective
+    return objective.prepare(torch.stack([objective.measure(inputs) for inputs in micro_batches]).sum(0))
+
+
+def means(*parts: Mapping[str, Metric]) -> dict[str, float]:
+    """What a run reports of these shares."""
+    return merged_sums(*parts).means()
+
+
+def merged_sums(*parts: Mapping[str, Metric]) -> MetricSums:
+    sums = MetricSums()
+    for part in parts:
+        sums.add_tensors(part)
+    return sums
 
 
 @dataclass
@@ -55,8 +122,8 @@ def make_responses(seed: int = 0) -> tuple[list[Response], torch.Tensor]:
     for tokens, masked_share, stale, engine, advantage in SHAPES:
         size = tokens + 3  # a prompt of three
         logprobs = -noise(size).abs() - 0.1
-        old = logprobs + stale * noise(size)
-        rollout = old + engine * noise(size)
+        old = (logprobs + stale * noise(size)).clamp(max=-0.01)  # probabilities stay below 1
+        rollout = (old + engine * noise(size)).clamp(max=-0.01)
         mask = torch.rand(size, generator=generator) >= masked_share
         mask[:3] = False
         for values, garbage in ((logprobs, float("nan")), (old, float("inf")), (rollout, -float("inf"))):
@@ -70,6 +137,8 @@ def make_responses(seed: int = 0) -> tuple[list[Response], torch.Tensor]:
 
 def zigzag(size: int, cp_size: int, cp_rank: int) -> torch.Tensor:
     """Indices of one sequence's tokens on one rank: chunks r and 2c-1-r of 2c; short ones leave ranks empty."""
+    if cp_size == 1:
+        return torch.arange(size)
     chunk = -(-size // (2 * cp_size))
     starts = (cp_rank * chunk, (2 * cp_size - 1 - cp_rank) * chunk)
     return torch.cat([torch.arange(min(start, size), min(start + chunk, size)) for start in starts])
@@ -83,8 +152,7 @@ def pack(
     cp_rank: int = 0,
     cp_group: dist.ProcessGroup | None = None,
 ) -> ObjectiveInputs:
-    parts = [zigzag(len(r.positions), cp_size, cp_rank) if cp_size > 1 else r.positions - r.positions[0]
-             for r in micro_batch]  # fmt: skip
+    parts = [zigzag(len(r.positions), cp_size, cp_rank) for r in micro_batch]
 
     def joined(field: str) -> torch.Tensor:
         return torch.cat([getattr(r, field)[part] for r, part in zip(micro_batch, parts, strict=True)])
@@ -103,3 +171,25 @@ def pack(
         total_sequences=float(len(mini_batch)),
         cp_group=cp_group,
     )
+
+
+def inputs_of(
+    log_ratios: list[list[float]], advantages: list[float], *, masked: set[tuple[int, int]] = frozenset(), **changes
+) -> ObjectiveInputs:
+    """Log-probs whose log pi - log mu are the given ones; ``masked`` holds (response, token)."""
+    flat = torch.tensor([x for row in log_ratios for x in row], dtype=torch.float64)
+    rollout = torch.linspace(-2.0, -0.5, len(flat), dtype=torch.float64)
+    counted = [(i, j) not in masked for i, row in enumerate(log_ratios) for j in range(len(row))]
+    mask = torch.tensor(counted, dtype=torch.bool)
+    fields = dict(
+        logprobs=(rollout + flat).requires_grad_(),
+        old_logprobs=rollout.clone(),
+        rollout_logprobs=rollout,
+        mask=mask,
+        segment_ids=torch.tensor([i for i, row in enumerate(log_ratios) for _ in row], dtype=torch.int64),
+        advantages=torch.tensor(advantages, dtype=torch.float64),
+        num_segments=len(log_ratios),
+        total_tokens=1.0,
+        total_sequences=1.0,
+    )
+    return ObjectiveInputs(**(fields | changes))

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from objective_data import AGGREGATION_PARAMS, OBJECTIVE_NAMES, make_responses, pack
+from objective_data import (
+    AGGREGATION_PARAMS,
+    CORRECTION_CASES,
+    OBJECTIVE_CASES,
+    build_case,
+    make_responses,
+    merged_sums,
+    pack,
+)
 
-from megatron_vespo.objectives import Metric, add_metrics, build_objective, summarize_metrics
+from megatron_vespo.observe.metrics import MetricSums, merged
 
-CASES = [(name, aggregation) for name in OBJECTIVE_NAMES for aggregation in AGGREGATION_PARAMS]
+Case = tuple[str, str, str]
+# Every objective with every aggregation, and every objective with every correction (aggregations take turns); the
+# whole product, in micro-batches, is in test_objective_reference.py.
+CASES: list[Case] = [(case, aggregation, "none") for case in OBJECTIVE_CASES for aggregation in AGGREGATION_PARAMS] + [
+    (case, list(AGGREGATION_PARAMS)[(i + j) % len(AGGREGATION_PARAMS)], correction_case)
+    for i, case in enumerate(OBJECTIVE_CASES)
+    for j, correction_case in enumerate(CORRECTION_CASES)
+    if correction_case != "none"
+]
+Outcome = tuple[torch.Tensor, torch.Tensor, MetricSums]
 WORLD = 4
 # CP size -> per data-parallel rank its micro-batches, as indices of responses; order and count differ from the unsplit
 CP_LAYOUTS: dict[int, list[list[list[int]]]] = {
@@ -25,50 +44,56 @@ COLLECTIVES = ("all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce
 
 
 def run(
-    case: tuple[str, str],
+    case: Case,
     micro_batches: list[list[int]],
     cp_size: int = 1,
     cp_rank: int = 0,
     cp_group: dist.ProcessGroup | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+    add_over_ranks: Callable[[torch.Tensor], object] = lambda sums: None,
+) -> Outcome:
     """This rank's shares of loss and metrics, and its gradient on all log-probs, added over its micro-batches."""
-    name, aggregation = case
     responses, leaf = make_responses(seed=3)
     leaf.requires_grad_()
-    objective = build_objective(name, aggregation=aggregation, **AGGREGATION_PARAMS[aggregation])
-    loss, metrics = torch.zeros((), dtype=torch.float64), []
-    for indices in micro_batches:
-        micro_batch = [responses[i] for i in indices]
-        output = objective(pack(micro_batch, responses, leaf, cp_size, cp_rank, cp_group))
-        output.loss.backward()
-        loss += output.loss.detach()
-        metrics.append(output.metrics)
+    inputs = [pack([responses[i] for i in indices], responses, leaf, cp_size, cp_rank, cp_group)
+              for indices in micro_batches]  # fmt: skip
+    objective = build_case(*case)
+    if objective.needs_preparation:
+        sums = torch.stack([objective.measure(one) for one in inputs]).sum(0)
+        add_over_ranks(sums)
+        objective = objective.prepare(sums)
+    outputs = [objective(one) for one in inputs]
+    torch.stack([output.loss for output in outputs]).sum().backward()
     assert leaf.grad is not None
-    return loss, leaf.grad, add_metrics(metrics)
+    loss = torch.stack([output.loss.detach() for output in outputs]).sum()
+    return loss, leaf.grad, merged_sums(*(output.metrics for output in outputs))
 
 
-def assert_same(
-    ours: tuple[torch.Tensor, torch.Tensor, dict[str, Metric]],
-    whole: tuple[torch.Tensor, torch.Tensor, dict[str, Metric]],
-) -> None:
+@cache
+def unsplit(case: Case) -> Outcome:
+    return run(case, [list(range(10))])
+
+
+def assert_same(ours: Outcome, whole: Outcome) -> None:
     torch.testing.assert_close(ours[0], whole[0], rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(ours[1], whole[1], rtol=1e-11, atol=1e-14)
-    assert ours[2].keys() == whole[2].keys()
-    for name, (value, denominator) in whole[2].items():
-        assert float(ours[2][name][1]) == float(denominator), name
-        assert float(ours[2][name][0]) == pytest.approx(float(value), rel=1e-10, abs=1e-13), name
-    assert summarize_metrics(ours[2]) == pytest.approx(summarize_metrics(whole[2]), rel=1e-9)
+    assert ours[2].sums.keys() == whole[2].sums.keys()
+    for name, (value, denominator) in whole[2].sums.items():
+        assert ours[2].sums[name][1] == denominator, name
+        assert ours[2].sums[name][0] == pytest.approx(value, rel=1e-10, abs=1e-13), name
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-@pytest.mark.parametrize(
-    "micro_batches",
-    [[[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]], [[i] for i in range(10)], [[3], [], [0, 9, 2], [1, 4, 5, 6, 7, 8]]],
-    ids=["reversed", "one each", "uneven"],
-)
-def test_micro_batches_and_packing_order(case: tuple[str, str], micro_batches: list[list[int]]) -> None:
-    micro_batches = [indices for indices in micro_batches if indices]
-    assert_same(run(case, micro_batches), run(case, [list(range(10))]))
+@pytest.mark.parametrize("case", CASES, ids=" - ".join)
+def test_micro_batches_and_packing_order(case: Case) -> None:
+    for micro_batches in (
+        [[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]],
+        [[3], [0, 9, 2], [1, 4, 5, 6, 7, 8]],
+    ):
+        assert_same(run(case, micro_batches), unsplit(case))
+
+
+@pytest.mark.parametrize("case", OBJECTIVE_CASES)
+def test_one_response_a_micro_batch(case: str) -> None:
+    assert_same(run((case, "token-mean", "none"), [[i] for i in range(10)]), unsplit((case, "token-mean", "none")))
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -86,7 +111,7 @@ def rank_main(rank: int, folder: str) -> None:
 
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group_of = {4: dist.group.WORLD, 2: pairs[rank // 2]}
-    dist.all_reduce = counted_all_reduce
+    dist.all_reduce = counted_all_reduce  # what the objectives see; the test's own sums go through the original
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
     for name in COLLECTIVES:
         setattr(dist, name, forbidden)
@@ -95,8 +120,8 @@ def rank_main(rank: int, folder: str) -> None:
         micro_batches = layout[rank // cp_size]
         for case in CASES:
             calls.clear()
-            share = run(case, micro_batches, cp_size, rank % cp_size, group_of[cp_size])
-            results[cp_size, case] = (*share, list(calls), [len(indices) for indices in micro_batches])
+            loss, gradient, metrics = run(case, micro_batches, cp_size, rank % cp_size, group_of[cp_size], all_reduce)
+            results[cp_size, case] = loss, gradient, metrics.sums, list(calls), [len(m) for m in micro_batches]
     dist.all_reduce = all_reduce
     for name, original in originals.items():
         setattr(dist, name, original)
@@ -115,15 +140,16 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cp_size", CP_LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_context_and_data_parallel_shares_add_up(shares: list[dict], case: tuple[str, str], cp_size: int) -> None:
+@pytest.mark.parametrize("case", CASES, ids=" - ".join)
+def test_context_and_data_parallel_shares_add_up(shares: list[dict], case: Case, cp_size: int) -> None:
     parts = [share[cp_size, case] for share in shares]
-    total = (sum(p[0] for p in parts), sum(p[1] for p in parts), add_metrics(p[2] for p in parts))
-    assert_same(total, run(case, [list(range(10))]))
+    total = merged(MetricSums(sums) for _, _, sums, _, _ in parts)
+    assert_same((sum(p[0] for p in parts), sum(p[1] for p in parts), total), unsplit(case))
 
 
 @pytest.mark.slow
 def test_one_small_all_reduce_per_micro_batch_forward_and_backward(shares: list[dict]) -> None:
     for share in shares:
-        for *_, calls, sizes in share.values():
-            assert calls == [(size, 3) for size in sizes]
+        for (_, case), (*_, calls, sizes) in share.items():
+            passes = 2 if build_case(*case).needs_preparation else 1
+            assert calls == [(size, 3) for size in sizes] * passes

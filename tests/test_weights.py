@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_checkpoints import (
+    BFLOAT16,
     KINDS,
     build,
     differences,
@@ -48,6 +50,7 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
         dict(pipeline=2, virtual_pipeline=2),
         dict(context=2, expert=2),
     ],
+    BFLOAT16: [dict(tensor=2, sequence=True, expert=2)],
     "qwen3_moe mixed": [dict(pipeline=2, virtual_pipeline=2), dict(expert=2)],
     "qwen2 untied": [dict(tensor=2), dict(pipeline=2)],
     "llama": [dict(tensor=2)],
@@ -78,7 +81,7 @@ def one_rank() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {kind: write_checkpoint(root / kind.replace(" ", "_"), kind) for kind in KINDS}
+    return {kind: write_checkpoint(root / kind.replace(" ", "_"), kind) for kind in (*KINDS, BFLOAT16)}
 
 
 # ---------------------------------------------------------------------------------------------- one rank
@@ -97,9 +100,9 @@ def test_one_rank_is_bitwise_and_computes_what_transformers_does(
     assert relative_error(found, transformers_logits(folder)) < TOLERANCE
 
 
-def test_bfloat16_stays_bitwise(one_rank: None, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, "qwen3_moe", torch.bfloat16)
-    chunks, config = build(folder, dtype="bfloat16")
+def test_bfloat16_stays_bitwise(one_rank: None, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints[BFLOAT16]
+    chunks, config = build(folder)
     load_hf(chunks, folder)
     assert differences(exported(chunks, config), folder) == []
 
@@ -230,30 +233,54 @@ def test_a_family_without_a_table_is_refused(one_rank: None, checkpoints: dict[s
 # ---------------------------------------------------------------------------------------------- ranks
 
 
-def round_trips(cases: list[tuple[str, dict[str, Any]]], checkpoints: dict[str, Path]) -> list[Any]:
-    """On a rank, for each case: misplaced parameters, then on rank 0 what the export has wrong, else its length."""
+@dataclass
+class RankReport:
+    """What one rank saw. ``round_trips``, a case each: misplaced parameters; what the export has wrong."""
+
+    round_trips: list[tuple[list[str], list[str] | int]]
+    logits: torch.Tensor | None = None
+    refusal: str = ""
+
+
+def round_trips(cases: list[tuple[str, dict[str, Any]]], checkpoints: dict[str, Path]) -> RankReport:
+    """Off rank 0 the export's place is taken by the number of tensors that the rank was given."""
     platform.current().prepare_megatron(1)
-    results = []
+    report = RankReport([])
     for kind, split in cases:
         folder = checkpoints[kind]
         chunks, config = build(folder, **split)
         load_hf(chunks, folder)
         found = exported(chunks, config)
-        results.append((misplaced(chunks, folder), differences(found, folder) if dist.get_rank() == 0 else len(found)))
-    return results
+        wrong = differences(found, folder) if dist.get_rank() == 0 else len(found)
+        report.round_trips.append((misplaced(chunks, folder), wrong))
+    return report
+
+
+def two_ranks_report(checkpoints: dict[str, Path], broken: Path) -> RankReport:
+    report = round_trips(CASES, checkpoints)
+    folder = checkpoints["qwen3_moe"]
+    chunks, config = build(folder, tensor=2, sequence=True)
+    load_hf(chunks, folder)
+    report.logits = megatron_logits(chunks[0], config.vocab_size)
+    chunks, _ = build(broken, pipeline=2)
+    with pytest.raises(WeightsError) as refusal:
+        load_hf(chunks, broken)
+    report.refusal = str(refusal.value)
+    return report
 
 
 @pytest.fixture(scope="module")
-def two_ranks(checkpoints: dict[str, Path]) -> list[list[Any]]:
-    return run_ranks(round_trips, 2, CASES, checkpoints)
+def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[RankReport]:
+    broken = changed(checkpoints["qwen3_moe"], tmp_path_factory.mktemp("broken"), _without_an_expert)
+    return run_ranks(two_ranks_report, 2, checkpoints, broken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "split"), CASES, ids=label)
-def test_two_ranks_are_bitwise(kind: str, split: dict[str, Any], two_ranks: list[list[Any]]) -> None:
+def test_two_ranks_are_bitwise(kind: str, split: dict[str, Any], two_ranks: list[RankReport]) -> None:
     case = CASES.index((kind, split))
-    assert two_ranks[0][case] == ([], [])
-    assert two_ranks[1][case] == ([], 0), "only rank 0 is given tensors"
+    assert two_ranks[0].round_trips[case] == ([], [])
+    assert two_ranks[1].round_trips[case] == ([], 0), "only rank 0 is given tensors"
 
 
 @pytest.mark.slow
@@ -261,35 +288,21 @@ def test_four_ranks_are_bitwise(checkpoints: dict[str, Path]) -> None:
     """Experts and pipeline stages at once: a tensor takes two hops to rank 0."""
     cases = [(kind, split) for kind, splits in FOUR_RANKS.items() for split in splits]
     first, *others = run_ranks(round_trips, 4, cases, checkpoints)
-    assert first == [([], [])] * len(cases)
-    assert others == [[([], 0)] * len(cases)] * 3
-
-
-def logits_of_two_ranks(folder: Path) -> torch.Tensor:
-    platform.current().prepare_megatron(1)
-    chunks, config = build(folder, tensor=2, sequence=True)
-    load_hf(chunks, folder)
-    return megatron_logits(chunks[0], config.vocab_size)
+    assert first.round_trips == [([], [])] * len(cases)
+    assert [other.round_trips for other in others] == [[([], 0)] * len(cases)] * 3
 
 
 @pytest.mark.slow
-def test_tensor_parallel_ranks_compute_what_transformers_does(checkpoints: dict[str, Path]) -> None:
-    folder = checkpoints["qwen3_moe"]
-    for found in run_ranks(logits_of_two_ranks, 2, folder):
-        assert relative_error(found, transformers_logits(folder)) < TOLERANCE
-
-
-def refusal_of_two_stages(folder: Path) -> str:
-    platform.current().prepare_megatron(1)
-    chunks, _ = build(folder, pipeline=2)
-    with pytest.raises(WeightsError) as refusal:
-        load_hf(chunks, folder)
-    return str(refusal.value)
+def test_tensor_parallel_ranks_compute_what_transformers_does(
+    two_ranks: list[RankReport], checkpoints: dict[str, Path]
+) -> None:
+    for report in two_ranks:
+        assert report.logits is not None
+        assert relative_error(report.logits, transformers_logits(checkpoints["qwen3_moe"])) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_all_ranks_refuse_what_one_stage_misses(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = changed(checkpoints["qwen3_moe"], tmp_path, _without_an_expert)
-    first, last = run_ranks(refusal_of_two_stages, 2, folder)
+def test_all_ranks_refuse_what_one_stage_misses(two_ranks: list[RankReport]) -> None:
+    first, last = (report.refusal for report in two_ranks)
     assert first == last
     assert f"{EXPERT}: missing" in first

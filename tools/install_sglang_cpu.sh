@@ -24,6 +24,9 @@ import transformers
 for module, version in ((torch, "2.13.0"), (transformers, "5.12.1")):
     assert module.__version__.split("+")[0] == version, f"{module.__name__} became {module.__version__}"
 from transformers import Qwen3MoeForCausalLM  # noqa: F401  (fails where a torchvision for CUDA is installed)
+CHECK
+"$python" - <<'CHECK'
+import torch
 
 if torch.cuda.is_available():
     print("SGLang 0.5.21 is installed; CUDA is present, so megatron_vespo runs it as it is")

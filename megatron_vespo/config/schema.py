@@ -62,10 +62,12 @@ class ObjectiveConfig(Section):
     """Parameters of the objective; its file under objectives/ documents them. Empty: the paper's."""
     aggregation: Aggregation = "token-mean"
     """How token losses become one number, the same for every objective; denominators are the mini-batch's own."""
-    correction: Literal["none", "trainer"] = "none"
-    """Which log-prob is the behaviour policy's: none: the engine's (its mismatch is inside W); trainer: log pi_old."""
-    advantage: Literal["group-mean", "group-mean-std"] = "group-mean-std"
-    """Reward minus the group's mean, or that divided by the group's standard deviation."""
+    correction: Literal["none", "trainer", "split", "tis", "icepop", "mis", "geometric", "opsm"] = "none"
+    """What is done about the mismatch between engine and trainer; objectives/corrections.py says what each is."""
+    correction_params: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the correction, such as {level: sequence, cap: 2.0}; empty: the published ones."""
+    advantage: Literal["group-mean", "group-mean-std", "group-soft-value"] = "group-mean-std"
+    """Reward minus the group's mean, or that divided by the group's standard deviation, or minus OAPL's soft value."""
 
 
 class OptimizerConfig(Section):

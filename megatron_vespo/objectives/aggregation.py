@@ -17,12 +17,12 @@ nothing is averaged afterwards: a trainer must SUM gradients over micro-batches,
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 
 from megatron_vespo.objectives.ratios import Ratios
+from megatron_vespo.objectives.registry import unknown
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
 
@@ -36,9 +36,7 @@ class Aggregation:
 
     def __post_init__(self) -> None:
         if self.mode not in AGGREGATIONS:
-            near = difflib.get_close_matches(self.mode, AGGREGATIONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown aggregation {self.mode!r}{hint} (available: {', '.join(AGGREGATIONS)})")
+            raise unknown("aggregation", self.mode, AGGREGATIONS)
         if self.mode == "constant" and (self.length is None or self.length <= 0):
             raise ValueError(
                 f"aggregation 'constant' divides by constant_length * sequences: give constant_length, a positive "

@@ -1,61 +1,81 @@
 """From a name and parameters to a callable objective.
 
-An objective is put together from three parts that do not know each other: a correction (which ratio), a kernel (the
-loss of a token) and an aggregation (how token losses become one number). Only the kernel differs between objectives.
+An objective is put together from three parts that do not know each other: a correction (which ratio, and a factor on
+each token), a kernel (the loss of a token) and an aggregation (how token losses become one number). Only the kernel
+differs between objectives.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from megatron_vespo.objectives.aggregation import Aggregation
-from megatron_vespo.objectives.corrections import Correction, get_correction
-from megatron_vespo.objectives.grpo import Grpo
-from megatron_vespo.objectives.gspo import Gspo
-from megatron_vespo.objectives.inputs import Metric, Objective, ObjectiveInputs, ObjectiveOutput
-from megatron_vespo.objectives.metrics import ratio_metrics
-from megatron_vespo.objectives.ratios import Ratios, measure_ratios
-from megatron_vespo.objectives.sapo import Sapo
-from megatron_vespo.objectives.vespo import Vespo
-
-Kernel = Callable[[Ratios], tuple[torch.Tensor, dict[str, Metric]]]
-"""Ratios -> token losses [T] float64 (unscaled, any value where masked) and its own metrics. It must not communicate,
-and a gradient may reach a token's loss only through that token's ``logprobs`` or ``log_ratio``."""
-
-OBJECTIVES: dict[str, Callable[..., Kernel]] = {"grpo": Grpo, "gspo": Gspo, "sapo": Sapo, "vespo": Vespo}
+from megatron_vespo.objectives.catalog import OBJECTIVES
+from megatron_vespo.objectives.corrections import Correction, build_correction
+from megatron_vespo.objectives.inputs import ObjectiveInputs, ObjectiveOutput
+from megatron_vespo.objectives.kernel import Kernel, SearchingKernel
+from megatron_vespo.objectives.metrics import correction_metrics, ratio_metrics
+from megatron_vespo.objectives.ratios import measure_ratios
+from megatron_vespo.objectives.registry import construct, unknown
 
 
 @dataclass(frozen=True, slots=True)
 class ComposedObjective:
-    """An Objective: ``(ObjectiveInputs) -> ObjectiveOutput``."""
+    """An Objective: ``(ObjectiveInputs) -> ObjectiveOutput``.
+
+    Where ``needs_preparation``, its kernel searches something over the whole mini-batch, and one pass comes first:
+
+        sums = sum(objective.measure(inputs) for inputs in micro_batches)    # without gradients, at the same weights
+        torch.distributed.all_reduce(sums)                                   # over all data- and context-parallel ranks
+        ready = objective.prepare(sums)                                      # for this one mini-batch
+    """
 
     name: str
-    kernel: Kernel
+    kernel: Kernel | SearchingKernel
     aggregation: Aggregation
     correction: Correction
 
+    @property
+    def needs_preparation(self) -> bool:
+        return isinstance(self.kernel, SearchingKernel)
+
+    @torch.no_grad()
+    def measure(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """[k] float64: this rank's share of what the search needs, from one micro-batch; one collective, as a call."""
+        if not isinstance(self.kernel, SearchingKernel):
+            raise RuntimeError(f"objective {self.name!r} has nothing to search: ask needs_preparation before measuring")
+        return self.kernel.measure(measure_ratios(inputs, engine_inside=self.correction.engine_inside))
+
+    def prepare(self, sums: torch.Tensor) -> ComposedObjective:
+        """The objective of one mini-batch, given ``measure`` added over all of it."""
+        if not isinstance(self.kernel, SearchingKernel):
+            raise RuntimeError(f"objective {self.name!r} has nothing to search: it can be called as it is")
+        return replace(self, kernel=self.kernel.prepare(sums))
+
     def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        ratios = measure_ratios(inputs, self.correction)
+        if isinstance(self.kernel, SearchingKernel):
+            raise RuntimeError(
+                f"objective {self.name!r} searches its bounds over the whole mini-batch, a micro-batch's own would "
+                "depend on the split: add measure(inputs) over all micro-batches and ranks, then call prepare(sums)"
+            )
+        ratios = measure_ratios(inputs, engine_inside=self.correction.engine_inside)
         token_loss, metrics = self.kernel(ratios)
         if token_loss.shape != ratios.mask.shape:
             raise ValueError(
                 f"objective {self.name!r} returned losses of shape {list(token_loss.shape)} for "
                 f"{ratios.mask.numel()} tokens: it must return one loss a token and leave their sum to the aggregation"
             )
+        factor = self.correction.factor(ratios)
+        if factor is not None:
+            token_loss = token_loss * factor
+            metrics = metrics | correction_metrics(ratios, factor)
         loss = self.aggregation(token_loss, ratios, inputs.total_tokens, inputs.total_sequences)
         return ObjectiveOutput(loss=loss, metrics=ratio_metrics(ratios) | metrics)
-
-
-def available_objectives() -> list[str]:
-    """Names that build_objective knows, sorted."""
-    return sorted(OBJECTIVES)
 
 
 def build_objective(
@@ -64,47 +84,38 @@ def build_objective(
     aggregation: str = "token-mean",
     constant_length: float | None = None,
     correction: str = "none",
+    correction_params: Mapping[str, Any] | None = None,
     **params: Any,
-) -> Objective:
+) -> ComposedObjective:
     """Build an objective.
 
     Args:
         name: one of available_objectives(), or the dotted path ``package.module.factory`` of one's own: a callable that
-            takes ``params`` and returns a Kernel.
-        aggregation: one of aggregation.AGGREGATIONS, which says what they are.
+            takes ``params`` and returns a Kernel (or a SearchingKernel).
+        aggregation: one of aggregation.AGGREGATIONS, which says what they are. It is never implied by the name, so that
+            a comparison of objectives varies nothing else; published_settings(name) gives that of the paper.
         constant_length: tokens; the constant of aggregation ``constant``, unused by the others.
         correction: one of corrections.CORRECTIONS, which says what they are.
+        correction_params: the correction's own, such as ``{"level": "sequence", "cap": 2.0}``.
         params: the objective's own, documented in its file; left out: the defaults of its paper.
 
     Raises:
         ValueError: a name, parameter or value that does not exist; the message names the nearest or all that do.
     """
-    factory = _find_factory(name)
-    try:
-        inspect.signature(factory).bind(**params)
-    except TypeError as error:
-        parameters = inspect.signature(factory).parameters.values()
-        known = ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
-        raise ValueError(f"objective {name!r}: {error}; its parameters are: {known or 'none'}") from None
     return ComposedObjective(
         name=name,
-        kernel=factory(**params),
+        kernel=construct("objective", name, _find_factory(name), params),
         aggregation=Aggregation(aggregation, constant_length),
-        correction=get_correction(correction),
+        correction=build_correction(correction, correction_params or {}),
     )
 
 
-def _find_factory(name: str) -> Callable[..., Kernel]:
+def _find_factory(name: str) -> Callable[..., Kernel | SearchingKernel]:
     if name in OBJECTIVES:
-        return OBJECTIVES[name]
+        return OBJECTIVES[name].factory
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
-        near = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown objective {name!r}{hint} (available: {', '.join(available_objectives())}, "
-            "or a dotted path package.module.factory)"
-        )
+        raise unknown("objective", name, sorted(OBJECTIVES), ", or a dotted path package.module.factory")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

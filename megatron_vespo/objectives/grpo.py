@@ -17,7 +17,7 @@ class Grpo:
 
     Source: DeepSeekMath (arXiv 2402.03300) eq. 3 without its KL term; separate bounds ("clip-higher", 0.2 / 0.28) are
     DAPO's (arXiv 2503.14476, eq. 8) and the VESPO paper's GRPO baseline; dual clip is that of arXiv 1912.09729, c = 3
-    as in verl, None leaves it out. With aggregation ``constant`` and advantages ``group-mean`` this is Dr.GRPO.
+    as in verl, None leaves it out. dapo.py and dr_grpo.py are this loss with the clips of their papers.
 
     Beyond |log r| = 20 the ratio is a constant: exp would reach inf and its gradient NaN. That concerns only A < 0,
     r > 4.9e8 without dual clip; elsewhere such a token is clipped anyway.
@@ -37,21 +37,28 @@ class Grpo:
     def __call__(self, ratios: Ratios) -> tuple[torch.Tensor, dict[str, Metric]]:
         advantages = ratios.token_advantages()
         ratio = ratios.token_ratio()
-        token_loss, clipped = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
+        token_loss, clipped = clipped_surrogate(ratio, advantages, 1 - self.clip_low, 1 + self.clip_high)
         metrics = {"clip_fraction": per_token(ratios, clipped)}
         if self.dual_clip is not None:
-            token_loss = torch.where(advantages < 0, token_loss.clamp(max=-self.dual_clip * advantages), token_loss)
-            metrics["dual_clip_fraction"] = per_token(ratios, (advantages < 0) & (ratio > self.dual_clip))
+            token_loss, dual_clipped = dual_clip(token_loss, ratio, advantages, self.dual_clip)
+            metrics["dual_clip_fraction"] = per_token(ratios, dual_clipped)
         return token_loss, metrics
 
 
 def clipped_surrogate(
-    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+    ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-min(r A, clip(r) A) elementwise, and where the clip took the gradient away (bool)."""
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages), clipped
+    """-min(r A, clip(r, low, high) A) elementwise, and where the clip took the gradient away (bool)."""
+    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+    return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages), clipped
+
+
+def dual_clip(
+    token_loss: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, bound: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_loss``, for A < 0 at most -bound A, and where that took the gradient away (bool)."""
+    negative = advantages < 0
+    return torch.where(negative, token_loss.clamp(max=-bound * advantages), token_loss), negative & (ratio > bound)
 
 
 def check_clip(objective: str, clip_low: float, clip_high: float) -> None:

@@ -22,7 +22,8 @@ class Gspo:
     The gradient of s_i = exp(mean_t log r_t) crosses tokens, hence context-parallel ranks. It is written in the form of
     eq. 14 instead, s_it = sg[s_i] pi_t / sg[pi_t], in which a token's gradient stays with the token: the backward pass
     has no collective. As A is one number a response, T_i equal losses of gradient s_i A_i grad(log pi_t) add up to
-    the gradient of T_i L_i (section 4.3 of the paper), exactly.
+    the gradient of T_i L_i (section 4.3 of the paper), exactly. That makes GSPO-token (eq. 13), which exists for
+    advantages that differ inside a response, the same objective here; the name ``gspo_token`` is this class, too.
 
     Raises ValueError unless 0 <= clip_low <= 1 and clip_high >= 0.
     """
@@ -34,13 +35,14 @@ class Gspo:
         check_clip("gspo", self.clip_low, self.clip_high)
 
     def __call__(self, ratios: Ratios) -> tuple[torch.Tensor, dict[str, Metric]]:
-        sequence_ratio = bounded_exp(ratios.log_w / ratios.lengths.clamp(min=1))
+        sequence_ratio = bounded_exp(ratios.per_token_mean(ratios.log_w))
+        low, high = 1 - self.clip_low, 1 + self.clip_high
         carries_gradient = torch.exp(ratios.logprobs - ratios.logprobs.detach())  # 1
         token_loss, _ = clipped_surrogate(
             ratios.to_tokens(sequence_ratio) * carries_gradient,
             ratios.token_advantages(),
-            self.clip_low,
-            self.clip_high,
+            low,
+            high,
         )
-        _, clipped = clipped_surrogate(sequence_ratio, ratios.advantages, self.clip_low, self.clip_high)
+        _, clipped = clipped_surrogate(sequence_ratio, ratios.advantages, low, high)
         return token_loss, {"clip_fraction": per_sequence(ratios, clipped)}

@@ -5,25 +5,16 @@ A per-token metric is a sum over this rank's own tokens; a per-response metric, 
 comes from the group's first rank and is (0, 0) on the others. So add over CP and DP ranks and micro-batches alike.
 The names do not depend on the data: every rank has the same keys, and one all-reduce of all pairs adds them.
 
-Moments. ``x/mean`` and ``x/mean_square`` are stored with the same denominator n; what is not a mean is formed
-after the addition, by summarize_metrics:
-
-    x/std  = sqrt(mean_square - mean^2)                                             (of the population)
-    x/ess  = (sum x)^2 / (n sum x^2) = mean^2 / mean_square, in (0, 1], of weights:  effective sample size over n
+Moments. ``x/mean`` and ``x/mean_square`` are stored with the same denominator n; what is not a mean (``x/std``,
+``x/ess``) is formed after the addition, by observe.metrics.MetricSums.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterable, Mapping
 
 import torch
 
 from megatron_vespo.objectives.inputs import Metric
 from megatron_vespo.objectives.ratios import LOG_RATIO_BOUND, Ratios, bounded_exp
-
-WEIGHTS = frozenset({"w", "phi"})
-"""Quantities that weigh samples, so that an effective sample size means something."""
 
 
 def per_token(ratios: Ratios, values: torch.Tensor) -> Metric:
@@ -47,6 +38,27 @@ def moments(ratios: Ratios, name: str, values: torch.Tensor) -> dict[str, Metric
     return {
         f"{name}/mean": per_sequence(ratios, values),
         f"{name}/mean_square": per_sequence(ratios, values * values),
+    }
+
+
+def coefficient_metrics(ratios: Ratios, phi: torch.Tensor) -> dict[str, Metric]:
+    """Of an objective that weighs whole responses: moments of its coefficient ``phi`` [S], and its mean by sign of A.
+
+    phi_positive counts A >= 0, phi_negative A < 0.
+    """
+    positive = ratios.advantages >= 0
+    return moments(ratios, "phi", phi) | {
+        "phi_positive/mean": per_sequence(ratios, phi, among=positive),
+        "phi_negative/mean": per_sequence(ratios, phi, among=~positive),
+    }
+
+
+def correction_metrics(ratios: Ratios, factor: torch.Tensor) -> dict[str, Metric]:
+    """Moments over tokens of a correction's ``factor`` [T], and the share of tokens that it keeps."""
+    return {
+        "correction/mean": per_token(ratios, factor),
+        "correction/mean_square": per_token(ratios, factor * factor),
+        "correction_kept": per_token(ratios, factor != 0),
     }
 
 
@@ -74,33 +86,3 @@ def ratio_metrics(ratios: Ratios) -> dict[str, Metric]:
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     # expm1: exp(r) - 1 loses all digits at the differences of 1e-6 that a good engine has.
     return log_ratio.clamp(max=LOG_RATIO_BOUND).expm1() - log_ratio
-
-
-def add_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Add the pairs of several micro-batches or ranks, name by name."""
-    total: dict[str, Metric] = {}
-    for part in parts:
-        for name, (value, denominator) in part.items():
-            if name in total:
-                value, denominator = total[name][0] + value, total[name][1] + denominator
-            total[name] = (value, denominator)
-    return total
-
-
-def summarize_metrics(total: Mapping[str, Metric]) -> dict[str, float]:
-    """Divide, once, after everything was added; then form ``x/std``, and ``x/ess`` of WEIGHTS.
-
-    A metric whose denominator is 0 (no negative response in the mini-batch) is left out: it has no value, nor is it 0.
-    """
-    pairs = {name: (float(value), float(denominator)) for name, (value, denominator) in total.items()}
-    means = {name: value / denominator for name, (value, denominator) in pairs.items() if denominator != 0}
-    derived: dict[str, float] = {}
-    for name, mean_square in means.items():
-        quantity, _, kind = name.rpartition("/")
-        mean = means.get(f"{quantity}/mean")
-        if kind != "mean_square" or mean is None:
-            continue
-        derived[f"{quantity}/std"] = math.sqrt(max(mean_square - mean * mean, 0.0))
-        if quantity in WEIGHTS and mean_square > 0:
-            derived[f"{quantity}/ess"] = mean * mean / mean_square
-    return means | derived

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_vespo.objectives.corrections import Correction
 from megatron_vespo.objectives.inputs import ObjectiveInputs
 from megatron_vespo.objectives.sequence import segment_sums
 
@@ -26,7 +25,7 @@ class Ratios:
     logprobs: torch.Tensor
     """[T], with grad."""
     log_ratio: torch.Tensor
-    """[T], with grad: log pi - log behaviour policy, as the correction has it."""
+    """[T], with grad: log pi - log of the behaviour policy, which is mu or pi_old as the correction has it."""
     log_stale: torch.Tensor
     """[T], detached: log pi - log pi_old."""
     log_engine: torch.Tensor
@@ -58,6 +57,10 @@ class Ratios:
         """[T] The response's own, never that of its first token: that one may be masked and say nothing."""
         return self.to_tokens(self.advantages)
 
+    def per_token_mean(self, per_sequence: torch.Tensor) -> torch.Tensor:
+        """[S] sums over a response -> [S] means over its counted tokens; 0 where none counts."""
+        return per_sequence / self.lengths.clamp(min=1)
+
     def token_ratio(self) -> torch.Tensor:
         """[T], with grad: exp(log_ratio), constant beyond LOG_RATIO_BOUND; exp would reach inf, its gradient NaN."""
         return bounded_exp(self.log_ratio)
@@ -67,8 +70,11 @@ def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def measure_ratios(inputs: ObjectiveInputs, correction: Correction) -> Ratios:
-    """Clean the masked tokens, take log-ratios, sum them; the only communication of an objective happens here."""
+def measure_ratios(inputs: ObjectiveInputs, *, engine_inside: bool) -> Ratios:
+    """Clean the masked tokens, take log-ratios, sum them; the only communication of an objective happens here.
+
+    ``engine_inside``: whether the ratio of the objective is pi / mu, or pi / pi_old (corrections.py).
+    """
     mask = inputs.mask
 
     def counted(values: torch.Tensor) -> torch.Tensor:
@@ -84,14 +90,14 @@ def measure_ratios(inputs: ObjectiveInputs, correction: Correction) -> Ratios:
     lengths, log_w_stale, log_w_engine = sums.unbind(-1)
     return Ratios(
         logprobs=logprobs,
-        log_ratio=correction(log_stale, log_engine),
+        log_ratio=log_stale + log_engine if engine_inside else log_stale,
         log_stale=log_stale.detach(),
         log_engine=log_engine,
         mask=mask,
         segment_ids=segment_ids,
         advantages=inputs.advantages.detach().to(torch.float64),
         lengths=lengths,
-        log_w=correction(log_w_stale, log_w_engine),
+        log_w=log_w_stale + log_w_engine if engine_inside else log_w_stale,
         log_w_stale=log_w_stale,
         log_w_engine=log_w_engine,
         owns_sequences=inputs.cp_group is None or dist.get_rank(inputs.cp_group) == 0,

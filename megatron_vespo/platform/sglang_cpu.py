@@ -140,6 +140,8 @@ def install() -> None:
     """Put every stand-in in place. Raises RuntimeError for another SGLang, or where CUDA is present."""
     import torch
 
+    if "transformers" in sys.modules:
+        raise RuntimeError("the CPU stand-ins go in before transformers is imported, which looks for torchvision once")
     found = importlib.metadata.version("sglang")
     if found != SGLANG_VERSION:
         raise RuntimeError(f"the CPU stand-ins know SGLang {SGLANG_VERSION}, {found} is installed")

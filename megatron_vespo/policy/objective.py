@@ -14,5 +14,6 @@ def objective_of(config: RunConfig) -> Objective:
         aggregation=config.objective.aggregation,
         constant_length=float(config.rollout.max_response_tokens),
         correction=config.objective.correction,
+        correction_params=config.objective.correction_params,
         **config.objective.params,
     )

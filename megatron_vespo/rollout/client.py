@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from itertools import chain, count, repeat
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from megatron_vespo.rollout.protocol import EngineError, GenerateRequest, Genera
 CONNECT_ATTEMPTS = 3
 CONNECT_RETRY_S = 0.3
 CONNECT_TIMEOUT_S = 10.0
+CALL_TOKENS = 65_536
+"""Response tokens that one HTTP call may ask for, unless a single group wants more."""
 
 
 class HttpEngine:
     """One engine. Thread-safe: another thread may pause or abort while ``generate`` waits.
 
-    A prompt group is one HTTP request. Only refused connections are tried again: such a request never reached the
-    engine, so that no sample is drawn twice.
+    Short prompt groups share an HTTP call, long ones have their own: a call that reaches the engine whole is batched
+    the same way each time, which makes a small run repeatable to the bit. Only refused connections are tried again:
+    such a call never reached the engine, so that no sample is drawn twice.
     """
 
     def __init__(
@@ -49,21 +52,18 @@ class HttpEngine:
     # --- sampling -----------------------------------------------------------------------------------------------
 
     def generate(self, requests: list[GenerateRequest]) -> list[list[Generation]]:
-        bodies = [_generate_body(request) for request in requests]
+        calls = _calls(requests)
+        bodies = [(f"{call[0].id} (and {len(call) - 1} more)", _generate_body(call)) for call in calls]
         with self._lock:
             self._running.update({request.id: request.n for request in requests})
         try:
-            answers = asyncio.run(
-                self._post_all([(request.id, body) for request, body in zip(requests, bodies, strict=True)])
-            )
+            answers = asyncio.run(self._post_all(bodies))
         finally:
             with self._lock:
                 for request in requests:
                     self._running.pop(request.id, None)
-        return [
-            [_generation(self.url, request, item) for item in answer]
-            for request, answer in zip(requests, answers, strict=True)
-        ]
+        items = chain.from_iterable(answers)
+        return [[_generation(self.url, request, item) for item in islice(items, request.n)] for request in requests]
 
     def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         name = f"score-{next(self._scores)}"
@@ -182,18 +182,32 @@ def _rid(request_id: str, index: int) -> str:
     return f"{request_id}#{index};"
 
 
-def _generate_body(request: GenerateRequest) -> dict[str, Any]:
-    sampling = _sampling_body(request.sampling)
-    seeds = repeat(None) if request.seed is None else range(request.seed, request.seed + request.n)
-    if request.return_routed_experts:
-        raise EngineError(f"request {request.id!r} asks for return_routed_experts, which no engine answers yet")
+def _calls(requests: list[GenerateRequest]) -> list[list[GenerateRequest]]:
+    """Consecutive requests, as many to a call as CALL_TOKENS allows."""
+    calls: list[list[GenerateRequest]] = []
+    room = 0
+    for request in requests:
+        wanted = request.n * request.sampling.max_tokens
+        if not calls or wanted > room:
+            calls.append([])
+            room = CALL_TOKENS
+        calls[-1].append(request)
+        room -= wanted
+    return calls
+
+
+def _generate_body(requests: list[GenerateRequest]) -> dict[str, Any]:
+    asking = next((request.id for request in requests if request.return_routed_experts), None)
+    if asking is not None:
+        raise EngineError(f"request {asking!r} asks for return_routed_experts, which no engine answers yet")
+    samples = [(request, i) for request in requests for i in range(request.n)]
     return {
-        "input_ids": [request.prompt_tokens.tolist()] * request.n,
+        "input_ids": [request.prompt_tokens.tolist() for request, _ in samples],
         "sampling_params": [
-            sampling if seed is None else {**sampling, "sampling_seed": seed}
-            for seed, _ in zip(seeds, range(request.n), strict=False)
+            _sampling_body(request.sampling) | ({} if request.seed is None else {"sampling_seed": request.seed + i})
+            for request, i in samples
         ],
-        "rid": [_rid(request.id, i) for i in range(request.n)],
+        "rid": [_rid(request.id, i) for request, i in samples],
         "return_logprob": True,
     }
 

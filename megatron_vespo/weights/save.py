@@ -36,8 +36,9 @@ def save_hf_folder(
 
     Works on ``<folder>.partial`` and renames it once it is whole; a folder of the same name is replaced if this
     function wrote it. ``checksums.json`` holds each tensor's file, dtype, shape and digest. At most one shard
-    (``max_shard_bytes``, or one tensor if that is larger) is held in memory. Under torch.distributed every rank calls
-    it with its stream, and rank 0 writes; the others return when their stream ends, which may be earlier.
+    (``max_shard_bytes``, or one tensor if that is larger) is held in memory, uncopied where a tensor is on the CPU and
+    contiguous: what it shares memory with must not change before this returns. Under torch.distributed every rank
+    calls it with its stream, and rank 0 writes; the others return when their stream ends, which may be earlier.
     Raises FileExistsError for a folder that is not ours, OSError when the disk is full.
     """
     if not is_writer():
@@ -83,7 +84,7 @@ def _write_shards(
         if shard and size + tensor.nbytes > max_shard_bytes:
             flush()
             size = 0
-        shard[name] = _own(tensor)
+        shard[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
         total += tensor.nbytes
         manifest[name] = {
@@ -106,12 +107,6 @@ def _write_shards(
         weight_map = {name: entry["file"] for name, entry in manifest.items()}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return manifest
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, contiguous, and alone in its memory: a live parameter moves on, and safetensors wants no sharing."""
-    here = tensor.detach().cpu()
-    return here.clone(memory_format=torch.contiguous_format) if tensor.device.type == "cpu" else here.contiguous()
 
 
 def _carry_over(source: Path, folder: Path) -> None:
