@@ -128,7 +128,10 @@ def main() -> None:
         f"{options.tokens} tokens, hidden {options.hidden}, vocabulary {options.vocab}, {options.dtype}, "
         f"{platform.current().name}, {options.threads} thread(s), torch {torch.__version__}"
     )
-    print(f"{'':8}{'forward s':>10}{'backward s':>11}{'peak GiB':>10}{'d log-prob':>11}{'d gradient':>11}   (largest difference to the first row)")
+    print(
+        f"{'':8}{'forward s':>10}{'backward s':>11}{'peak GiB':>10}{'d log-prob':>11}{'d gradient':>11}"
+        "   (d: largest difference to the first row)"
+    )
     first: dict[str, Any] = {}
     for name in options.only:
         command = [sys.executable, __file__, *sys.argv[1:], "--in-this-process", name]
