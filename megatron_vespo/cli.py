@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_vespo.config.load import ConfigError, load_config
+from megatron_vespo.config.load import ConfigError, load_config, parse_override
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run directory")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
+
+    budget = commands.add_parser("budget", help="what an objective keeps of its signal under a per-token mismatch")
+    budget.add_argument("--k3", type=float, required=True, help="nats a token, such as the metric k3_engine of a run")
+    budget.add_argument("--length", type=int, nargs="+", required=True, help="tokens in a response")
+    budget.add_argument("--objective", default="vespo", help="one that weighs whole responses (default: vespo)")
+    budget.add_argument(
+        "--params", nargs="*", default=[], metavar="key=value", help="of the objective, such as cap=2.0"
+    )
+    budget.set_defaults(run=_budget)
     return parser
 
 
@@ -92,4 +101,15 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_vespo.observe.report import write_report
 
     print(write_report(options.run_dir))
+    return 0
+
+
+def _budget(options: argparse.Namespace) -> int:
+    from megatron_vespo.objectives.budget import budget_table
+
+    params = dict(parse_override(text) for text in options.params)
+    try:
+        print(budget_table(options.objective, options.k3, options.length, **params))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return 0

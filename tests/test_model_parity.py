@@ -97,8 +97,8 @@ def errors_of_a_split(
 
     from megatron_vespo.policy import layout as ranks
     from megatron_vespo.policy.attention import packed_seq_params
-    from megatron_vespo.policy.logprobs import vocab_parallel_logprobs
     from megatron_vespo.policy.model import build_model
+    from megatron_vespo.policy.step import LogprobHead
 
     split = dict(split)
     sharded = split.pop("distributed_optimizer", False)
@@ -118,12 +118,12 @@ def errors_of_a_split(
     def forward_step(rows_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[torch.Tensor, Any]:
         number, row = next(rows_left)
         local = ranks.local_indices(row.cu_seqlens, layout.context, ranks.cp_rank())
-        output = model(row.tokens[None, local], None, None, packed_seq_params=packed_seq_params(row.cu_seqlens))
+        head = LogprobHead(config.vocab_size, temperature=1.0).of(row.targets[local])
+        packing = packed_seq_params(row.cu_seqlens)
+        output = model(row.tokens[None, local], None, None, packed_seq_params=packing, head=head)
 
-        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            logprob, _ = vocab_parallel_logprobs(
-                logits[0], row.targets[local], vocab_size=config.vocab_size, tp_group=ranks.tp_group()
-            )
+        def loss(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            logprob = scores[0]
             logprob_errors.append(float((logprob.detach() - logprobs[number][local]).abs().max()))
             return (logprob * row.coefficients[local]).sum(), torch.zeros((), dtype=torch.int), {}
 

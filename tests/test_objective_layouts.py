@@ -113,7 +113,7 @@ def errors_of_a_split(
     from megatron_vespo.policy import layout as ranks
     from megatron_vespo.policy.model import build_model
     from megatron_vespo.policy.optimizer import wrap_for_training
-    from megatron_vespo.policy.step import objective_loss, run_micro_batches, sum_metrics
+    from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches, sum_metrics
 
     layout = ParallelLayout(world_size=dist.get_world_size(), **split)
     ranks.initialize(layout, seed=1)
@@ -127,18 +127,17 @@ def errors_of_a_split(
     align = int(np.lcm(layout.sequence_multiple, layout.row_multiple))
     batches = [pack([samples[i] for i in members], align=align) for members in plan]
     batches = [b.shard(ranks.local_indices(b.cu_seqlens, layout.context, ranks.cp_rank())) for b in batches]
+    head = LogprobHead(config.vocab_size, TEMPERATURE)
     results: dict[str, Any] = {}
     for objective in OBJECTIVES:
         loss = objective_loss(
             build_objective(objective),
-            vocab_size=config.vocab_size,
-            temperature=TEMPERATURE,
             total_tokens=float(sum(s.loss_mask.sum() for s in samples)),
             total_sequences=float(len(samples)),
         )
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        metrics = sum_metrics(run_micro_batches(chunks, batches, loss, forward_only=False))
+        metrics = sum_metrics(run_micro_batches(chunks, batches, head, loss, forward_only=False))
         expected_loss, gradients = references[objective]
         worst, whose = 0.0, ""
         found: dict[str, torch.Tensor] = {}

@@ -94,14 +94,19 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def _apply_override(values: dict[str, Any], argument: str, provenance: Provenance) -> None:
+def parse_override(argument: str) -> tuple[str, Any]:
+    """``key=value`` -> (key, value read as YAML). Raises ConfigError where there is no key or no =."""
     name, sep, text = argument.partition("=")
     if not sep or not name:
         raise ConfigError(f"argument {argument!r}: expected key=value, such as parallel.tensor=2")
     try:
-        value = yaml.safe_load(text) if text else None
+        return name, yaml.safe_load(text) if text else None
     except yaml.YAMLError:
-        value = text
+        return name, text
+
+
+def _apply_override(values: dict[str, Any], argument: str, provenance: Provenance) -> None:
+    name, value = parse_override(argument)
     target = values
     *parents, leaf = name.split(".")
     for part in parents:

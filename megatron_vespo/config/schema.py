@@ -30,6 +30,8 @@ class ModelConfig(Section):
     """Which of megatron-core's layer specs: auto takes Transformer Engine on CUDA and the local one on a CPU."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation in the backward pass."""
+    logprobs: Literal["fused", "plain"] = "fused"
+    """Log-probs from hidden states tile by tile, or through the logits of a whole micro-batch (same numbers)."""
     router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the MoE router's logits; None keeps the model's."""
 

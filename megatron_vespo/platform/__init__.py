@@ -45,6 +45,9 @@ class Platform(Protocol):
         Needs ``megatron.core.parallel_state`` to be initialised.
         """
 
+    def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``a @ b`` in float32, whatever their dtype: sums of a low-precision product that are never rounded to it."""
+
     def peak_memory_bytes(self) -> int:
         """Most memory held so far: device memory on CUDA (since reset_peak_memory), resident set on a CPU."""
 

@@ -41,6 +41,10 @@ class CpuPlatform:
 
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
+    def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # torch's CPU product of bfloat16 rounds its result to bfloat16; it has no out_dtype.
+        return a.float() @ b.float()
+
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

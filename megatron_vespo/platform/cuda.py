@@ -41,6 +41,9 @@ class CudaPlatform:
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
+    def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
     def peak_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
 

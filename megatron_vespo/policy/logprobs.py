@@ -25,6 +25,14 @@ def vocab_parallel_logprobs(
     return _VocabParallelLogprobs.apply(logits, labels, vocab_size, temperature, tp_group)
 
 
+def plain_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from hidden states [T, H] and this rank's output weight [V/tp, H], through all [T, V/tp] logits at once;
+    what ``fused_logprobs`` does without them, with the same ``options``."""
+    return vocab_parallel_logprobs(hidden @ weight.T, labels, **options)
+
+
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

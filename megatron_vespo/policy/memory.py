@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.fused_logprobs import TILE_COLUMNS, TILE_TOKENS
 from megatron_vespo.policy.layout import ParallelLayout
 
 GRADIENT_BYTES = 4  # float32, as policy/optimizer.py reduces them
@@ -34,7 +35,7 @@ class MemoryEstimate:
 
 def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -> MemoryEstimate:
     """Weights, gradients and optimizer exactly as sharded (norms counted as if sharded too); activations roughly:
-    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise, and the logits."""
+    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise, and the log-probs."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -57,12 +58,18 @@ def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -
     tensors_a_layer = 1 if config.model.recompute == "full" else 16
     in_flight = layout.pipeline  # micro-batches a 1F1B first stage holds
     layers = hf_config.num_hidden_layers // layout.pipeline
-    logits = tokens * hf_config.vocab_size // layout.tensor * (width + 4 + 4)
+    columns = hf_config.vocab_size // layout.tensor
+    logprobs = {
+        # The logits with two float32 tensors of their size; without them, three tiles, the gradients of the hidden
+        # states (in float32 too) and of the output weight.
+        "plain": tokens * columns * (width + 4 + 4),
+        "fused": 3 * 4 * TILE_TOKENS * TILE_COLUMNS + hf_config.hidden_size * (tokens * (width + 4) + columns * width),
+    }[config.model.logprobs]
     return MemoryEstimate(
         parameters=dense + experts,
         active_parameters=active,
         weights=(dense_here + experts_here) * width,
         gradients=(dense_here + experts_here) * GRADIENT_BYTES,
         optimizer=states * optimizer,
-        activations=rows * hf_config.hidden_size * width * tensors_a_layer * layers * in_flight + logits,
+        activations=rows * hf_config.hidden_size * width * tensors_a_layer * layers * in_flight + logprobs,
     )

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -34,6 +38,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
 }
 """``model_type`` of a Hugging Face config, and what sets it apart as a TransformerConfig."""
+
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden states of all of this rank's tokens [T, H], its shard of the output weight [V/tp, H]) -> any tensor."""
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage, called with a ``head``, returns that of its final hidden states instead of logits."""
+
+    head: Head | None = None
+
+    def forward(self, *inputs: Any, head: Head | None = None, **options: Any) -> torch.Tensor:
+        self.head = head
+        try:
+            return super().forward(*inputs, **options)
+        finally:
+            self.head = None
+
+    def _postprocess(self, hidden_states: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+        if self.head is None or not self.post_process:
+            return super()._postprocess(hidden_states, *inputs, **options)
+        # As the output layer (ColumnParallelLinear) spreads them: each rank's part of their gradient is summed.
+        spread = (
+            gather_from_sequence_parallel_region
+            if self.config.sequence_parallel
+            else copy_to_tensor_model_parallel_region
+        )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return self.head(spread(hidden_states, group=self.pg_collection.tp)[:, 0], weight)
 
 
 def transformer_config(
@@ -115,7 +148,7 @@ def transformer_config(
 
 def build_model(
     hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout, *, routing_replay: bool = False
-) -> list[GPTModel]:
+) -> list[PolicyModel]:
     """This rank's model chunks, one a virtual pipeline stage (just one without virtual_pipeline), with random weights.
 
     Needs ``layout.initialize``. The output layer gives vocabulary-parallel logits, [1, t, padded vocabulary / tensor];
@@ -125,7 +158,7 @@ def build_model(
     chunks = []
     for vp_stage in range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]:
         ignore_virtual = vp_stage is None
-        chunk = GPTModel(
+        chunk = PolicyModel(
             config=config,
             transformer_layer_spec=_block_spec(config, vp_stage),
             vocab_size=padded_vocab_size(hf_config.vocab_size, layout.tensor),

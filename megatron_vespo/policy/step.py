@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,26 +15,61 @@ from megatron_vespo.objectives import ObjectiveInputs
 from megatron_vespo.objectives.inputs import Metric, Objective
 from megatron_vespo.policy import layout
 from megatron_vespo.policy.attention import packed_seq_params
-from megatron_vespo.policy.logprobs import vocab_parallel_logprobs
+from megatron_vespo.policy.fused_logprobs import fused_logprobs
+from megatron_vespo.policy.logprobs import plain_logprobs
+from megatron_vespo.policy.model import Head
 from megatron_vespo.samples.packing import PackedBatch
 
 MetricTable = dict[str, tuple[float, float]]
 """Name -> (sum, denominator): add over any split, divide once."""
 
 
+@dataclass(frozen=True, slots=True)
+class LogprobHead:
+    """How the last stage makes log-probs and entropies of its tokens' labels: [2, T] float32, the first with grad."""
+
+    vocab_size: int
+    """The tokenizer's, without the padding of the output weight."""
+    temperature: float
+    path: Literal["fused", "plain"] = "fused"
+
+    def of(self, labels: torch.Tensor) -> Head:
+        """For a micro-batch's ``labels`` [T]."""
+        logprobs_of = {"fused": fused_logprobs, "plain": plain_logprobs}[self.path]
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return torch.stack(
+                logprobs_of(
+                    hidden,
+                    weight,
+                    labels,
+                    vocab_size=self.vocab_size,
+                    temperature=self.temperature,
+                    tp_group=layout.tp_group(),
+                )
+            )
+
+        return head
+
+
 def run_micro_batches(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[PackedBatch], loss: Any, *, forward_only: bool
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    head: LogprobHead,
+    loss: Any,
+    *,
+    forward_only: bool,
 ) -> list[Any]:
     """Drive ``batches`` through the schedule of the layout; returns what ``loss`` reported, on the last stage.
 
-    batches: this rank's shards. loss: (batch, logits [1, T, V/tp]) -> what megatron-core's schedule expects.
+    batches: this rank's shards. loss: (batch, [2, T] from the head) -> what megatron-core's schedule expects.
     """
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        return chunk(batch.tokens[None], None, None, packed_seq_params=packed_seq_params(batch.cu_seqlens)), partial(
-            loss, batch
-        )
+        packing = packed_seq_params(batch.cu_seqlens)
+        output = chunk(batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels))
+        return output, partial(loss, batch)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -48,26 +84,11 @@ def run_micro_batches(
     )
 
 
-def logprobs_of_labels(
-    batch: PackedBatch, logits: torch.Tensor, *, vocab_size: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """([T] log-probs with grad, [T] entropy) of this rank's tokens."""
-    return vocab_parallel_logprobs(
-        logits[0],
-        batch.labels,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        tp_group=layout.tp_group(),
-    )
-
-
-def objective_loss(
-    objective: Objective, *, vocab_size: int, temperature: float, total_tokens: float, total_sequences: float
-) -> Any:
+def objective_loss(objective: Objective, *, total_tokens: float, total_sequences: float) -> Any:
     """The loss function that a training pass hands to :func:`run_micro_batches`."""
 
-    def loss(batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
-        logprobs, entropy = logprobs_of_labels(batch, logits, vocab_size=vocab_size, temperature=temperature)
+    def loss(batch: PackedBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+        logprobs, entropy = scores
         output = objective(
             ObjectiveInputs(
                 logprobs=logprobs,
@@ -82,7 +103,7 @@ def objective_loss(
                 cp_group=layout.cp_group(),
             )
         )
-        entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
+        entropy_sum = torch.where(batch.mask, entropy.detach(), 0.0).sum()
         metrics = {
             **output.metrics,
             "loss": (output.loss.detach(), output.loss.new_zeros(())),

@@ -23,8 +23,8 @@ from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, wrap_for_training
 from megatron_vespo.policy.step import (
+    LogprobHead,
     MetricTable,
-    logprobs_of_labels,
     objective_loss,
     run_micro_batches,
     sum_metrics,
@@ -66,15 +66,14 @@ class PolicyTrainer:
         """One optimizer update on ``samples`` (advantages set). Metrics on the last pipeline stage, else {}."""
         loss = objective_loss(
             self.objective,
-            vocab_size=self.hf_config.vocab_size,
-            temperature=self.config.rollout.temperature,
             total_tokens=float(sum(int(s.loss_mask.sum()) for s in samples)),
             total_sequences=float(len(samples)),
         )
+        head = self._head(self.config.rollout.temperature)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        tables = run_micro_batches(self.chunks, self._batches(samples), loss, forward_only=False)
+        tables = run_micro_batches(self.chunks, self._batches(samples), head, loss, forward_only=False)
         self.scheduler.step(1)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
@@ -95,13 +94,12 @@ class PolicyTrainer:
         Each sample is reported by exactly one rank (a last stage, first tensor- and context-parallel rank).
         """
         plan = self._plan(samples)
-        vocab_size = self.hf_config.vocab_size
 
-        def collect(batch: PackedBatch, logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return logprobs_of_labels(batch, logits, vocab_size=vocab_size, temperature=temperature)[0]
+        def collect(batch: PackedBatch, scores: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return scores[0]
 
         batches = self._batches(samples)
-        shards = run_micro_batches(self.chunks, batches, collect, forward_only=True)
+        shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
         found: dict[int, np.ndarray] = {}
         for members, batch, shard in zip(plan, batches, shards, strict=bool(shards)):
             row = self._unshard(shard, batch)
@@ -110,6 +108,9 @@ class PolicyTrainer:
                 first = start + len(sample.prompt.tokens) - 1
                 found[position] = row[first : first + len(sample.response_tokens)].copy()
         return found if self._reports() else {}
+
+    def _head(self, temperature: float) -> LogprobHead:
+        return LogprobHead(self.hf_config.vocab_size, temperature, self.config.model.logprobs)
 
     def _plan(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return plan_micro_batches(
