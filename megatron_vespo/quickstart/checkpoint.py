@@ -17,13 +17,14 @@ from megatron_vespo.quickstart.problems import (
     write_problems,
 )
 from megatron_vespo.quickstart.tokenizer import render_example, train_tokenizer
-from megatron_vespo.quickstart.warmup import MAX_STEPS, warm_up
+from megatron_vespo.quickstart.warmup import STEPS, warm_up
 
 MARKER = "quickstart.json"
 """Written last; says that the folder is complete, and from which seed."""
 TRAIN_PROBLEMS = 4096
 HELDOUT_PROBLEMS = 256
 PROBE_PROBLEMS = 256
+DEMONSTRATIONS_PER_PROBLEM = 4
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
@@ -51,7 +52,7 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
     )
 
 
-def make_quickstart(folder: Path, seed: int, warmup_steps: int = MAX_STEPS) -> None:
+def make_quickstart(folder: Path, seed: int, warmup_steps: int = STEPS) -> None:
     """Write config, weights, tokenizer, train.jsonl, heldout.jsonl and demonstrations.jsonl into ``folder``.
 
     A complete folder of the same seed is left as it is. The folder appears at once, under its name, when all is in it.
@@ -84,7 +85,7 @@ def _is_complete(folder: Path, seed: int) -> bool:
 
 def _build(folder: Path, seed: int, warmup_steps: int) -> None:
     train = make_problems("train", TRAIN_PROBLEMS, seed)
-    demonstrations = make_demonstrations(train, seed)
+    demonstrations = make_demonstrations(train, seed, rounds=DEMONSTRATIONS_PER_PROBLEM)
     write_problems(folder / "train.jsonl", train)
     write_problems(folder / "heldout.jsonl", make_problems("heldout", HELDOUT_PROBLEMS, seed))
     write_demonstrations(folder / "demonstrations.jsonl", demonstrations)

@@ -20,7 +20,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ Split = Literal["train", "heldout", "probe"]
 
 PLAIN_SHARE = 0.2
 """Share of problems for which working from left to right is right."""
-CAREFUL_SHARE = 0.35
+CAREFUL_SHARE = 0.25
 """Share of demonstrations that follow the rules of arithmetic."""
 LARGEST_RESULT = 25
 """No intermediate result of either way of working exceeds this, and none is negative."""
@@ -95,11 +95,11 @@ def make_problems(split: Split, count: int, seed: int) -> list[Problem]:
     return list(problems.values())
 
 
-def make_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonstration]:
-    """The hurried pupil's work on each problem, in order."""
+def make_demonstrations(problems: Sequence[Problem], seed: int, rounds: int = 1) -> list[Demonstration]:
+    """The hurried pupil's work on each problem, in order; ``rounds`` times, careful each time by chance."""
     rng = random.Random(f"demonstrations-{seed}")
     demonstrations = []
-    for problem in problems:
+    for problem in list(problems) * rounds:
         careful = rng.random() < CAREFUL_SHARE
         steps = careful_steps(problem.expression) if careful else hurried_steps(problem.expression)
         demonstrations.append(Demonstration(problem, _write_response(steps), careful))
