@@ -113,7 +113,7 @@ def errors_of_a_split(
     from megatron_vespo.policy import layout as ranks
     from megatron_vespo.policy.model import build_model
     from megatron_vespo.policy.optimizer import wrap_for_training
-    from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches, sum_metrics
+    from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches, search_bounds, sum_metrics
 
     layout = ParallelLayout(world_size=dist.get_world_size(), **split)
     ranks.initialize(layout, seed=1)
@@ -130,11 +130,14 @@ def errors_of_a_split(
     head = LogprobHead(config.vocab_size, TEMPERATURE)
     results: dict[str, Any] = {}
     for objective in OBJECTIVES:
-        loss = objective_loss(
-            build_objective(objective),
-            total_tokens=float(sum(s.loss_mask.sum() for s in samples)),
-            total_sequences=float(len(samples)),
-        )
+        totals = {
+            "total_tokens": float(sum(s.loss_mask.sum() for s in samples)),
+            "total_sequences": float(len(samples)),
+        }
+        built = build_objective(objective)
+        if built.needs_preparation:
+            built = search_bounds(built, chunks, batches, head, totals)
+        loss = objective_loss(built, totals)
         for chunk in chunks:
             chunk.zero_grad_buffer()
         metrics = sum_metrics(run_micro_batches(chunks, batches, head, loss, forward_only=False))

@@ -175,7 +175,9 @@ class Run:
         self.progress.step(record)
 
     def record_evaluation(self, result: dict[str, float]) -> None:
-        record = {"step": self.step, "version": self.version, "time": time.time(), "eval": result}
+        # Taking the spans keeps the evaluation's time out of the next step's.
+        seconds = seconds_by_phase(self.timer.take())
+        record = {"step": self.step, "version": self.version, "time": time.time(), "eval": result, "seconds": seconds}
         self.writer.write(record)
         self.progress.evaluation(record)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives import build_objective
-from megatron_vespo.objectives.inputs import Objective
+from megatron_vespo.objectives.build import ComposedObjective
 
 
-def objective_of(config: RunConfig) -> Objective:
+def objective_of(config: RunConfig) -> ComposedObjective:
     """Raises ValueError for a name or parameter that does not exist."""
     return build_objective(
         config.objective.name,

@@ -6,10 +6,11 @@ and DDP leave gradients unscaled, and :func:`sum_gradients` keeps ``finalize_mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
@@ -20,7 +21,10 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_vespo import platform
 from megatron_vespo.config.schema import OptimizerConfig
+from megatron_vespo.objectives.ess import ess_step_scale
+from megatron_vespo.policy import layout
 
 
 def wrap_for_training(models: Sequence[GPTModel], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
@@ -86,3 +90,18 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def scale_learning_rate(
+    optimizer: MegatronOptimizer, metrics: Mapping[str, tuple[float, float]], weight: Literal["w", "phi"]
+) -> None:
+    """This update's rate times sqrt(ESS / n) of the mini-batch (VCPO, arXiv 2602.17616); the schedule sets the next one.
+
+    metrics: the mini-batch's sums on the last pipeline stage, {} on the others, which are told.
+    """
+    scale = torch.tensor([ess_step_scale(metrics, weight=weight) if metrics else 0.0], dtype=torch.float64)
+    scale = scale.to(platform.current().device)
+    group = layout.pp_group()
+    dist.broadcast(scale, group=group, group_src=group.size() - 1)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] *= scale.item()

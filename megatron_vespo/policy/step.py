@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vespo.objectives import ObjectiveInputs
-from megatron_vespo.objectives.inputs import Metric, Objective
+from megatron_vespo.objectives.build import ComposedObjective
+from megatron_vespo.objectives.inputs import Metric
 from megatron_vespo.policy import layout
 from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.fused_logprobs import fused_logprobs
@@ -84,26 +85,33 @@ def run_micro_batches(
     )
 
 
-def objective_loss(objective: Objective, *, total_tokens: float, total_sequences: float) -> Any:
-    """The loss function that a training pass hands to :func:`run_micro_batches`."""
+def objective_inputs(
+    batch: PackedBatch, scores: torch.Tensor, *, total_tokens: float, total_sequences: float
+) -> ObjectiveInputs:
+    """What the objective sees of a micro-batch; ``scores`` [2, T] are the head's log-probs and entropies."""
+    return ObjectiveInputs(
+        logprobs=scores[0],
+        old_logprobs=batch.old_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
+        mask=batch.mask,
+        segment_ids=batch.segment_ids,
+        advantages=batch.advantages,
+        num_segments=batch.num_segments,
+        total_tokens=total_tokens,
+        total_sequences=total_sequences,
+        cp_group=layout.cp_group(),
+    )
+
+
+def objective_loss(objective: ComposedObjective, totals: dict[str, float]) -> Any:
+    """The loss function that a training pass hands to :func:`run_micro_batches`.
+
+    totals: ``total_tokens`` and ``total_sequences`` of the mini-batch.
+    """
 
     def loss(batch: PackedBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
-        logprobs, entropy = scores
-        output = objective(
-            ObjectiveInputs(
-                logprobs=logprobs,
-                old_logprobs=batch.old_logprobs,
-                rollout_logprobs=batch.rollout_logprobs,
-                mask=batch.mask,
-                segment_ids=batch.segment_ids,
-                advantages=batch.advantages,
-                num_segments=batch.num_segments,
-                total_tokens=total_tokens,
-                total_sequences=total_sequences,
-                cp_group=layout.cp_group(),
-            )
-        )
-        entropy_sum = torch.where(batch.mask, entropy.detach(), 0.0).sum()
+        output = objective(objective_inputs(batch, scores, **totals))
+        entropy_sum = torch.where(batch.mask, scores[1].detach(), 0.0).sum()
         metrics = {
             **output.metrics,
             "loss": (output.loss.detach(), output.loss.new_zeros(())),
@@ -113,6 +121,28 @@ def objective_loss(objective: Objective, *, total_tokens: float, total_sequences
         return output.loss, torch.tensor(0, dtype=torch.int), metrics
 
     return loss
+
+
+def search_bounds(
+    objective: ComposedObjective,
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    head: LogprobHead,
+    totals: dict[str, float],
+) -> ComposedObjective:
+    """For an objective that searches something over the whole mini-batch (BAPO, M2PO): measure it in a forward pass of
+    its own, at the weights that the gradient will be taken at. Off the last stage nothing asks for the result."""
+
+    def measure(batch: PackedBatch, scores: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        return objective.measure(objective_inputs(batch, scores, **totals))
+
+    with torch.no_grad():
+        shares = run_micro_batches(chunks, batches, head, measure, forward_only=True)
+    if not shares:
+        return objective
+    sums = torch.stack(shares).sum(0)
+    dist.all_reduce(sums, group=layout.dp_cp_group())
+    return objective.prepare(sums)
 
 
 def sum_metrics(tables: Sequence[dict[str, Metric]]) -> MetricTable:

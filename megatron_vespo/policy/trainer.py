@@ -21,12 +21,13 @@ from megatron_vespo.policy import checkpoint, layout
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
-from megatron_vespo.policy.optimizer import build_optimizer, wrap_for_training
+from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
     objective_loss,
     run_micro_batches,
+    search_bounds,
     sum_metrics,
 )
 from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
@@ -64,20 +65,26 @@ class PolicyTrainer:
 
     def train_mini_batch(self, samples: Sequence[Sample]) -> MetricTable:
         """One optimizer update on ``samples`` (advantages set). Metrics on the last pipeline stage, else {}."""
-        loss = objective_loss(
-            self.objective,
-            total_tokens=float(sum(int(s.loss_mask.sum()) for s in samples)),
-            total_sequences=float(len(samples)),
-        )
+        totals = {
+            "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
+            "total_sequences": float(len(samples)),
+        }
         head = self._head(self.config.rollout.temperature)
+        batches = self._batches(samples)
+        objective = self.objective
+        if objective.needs_preparation:
+            objective = search_bounds(objective, self.chunks, batches, head, totals)
+
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        tables = run_micro_batches(self.chunks, self._batches(samples), head, loss, forward_only=False)
+        loss = objective_loss(objective, totals)
+        metrics = sum_metrics(run_micro_batches(self.chunks, batches, head, loss, forward_only=False))
         self.scheduler.step(1)
+        if self.config.optimizer.ess_step != "off":
+            scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
-        metrics = sum_metrics(tables)
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
             metrics |= {

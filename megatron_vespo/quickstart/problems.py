@@ -27,11 +27,11 @@ from typing import Literal
 
 Split = Literal["train", "heldout", "probe"]
 
-PLAIN_SHARE = 0.15
+PLAIN_SHARE = 0.2
 """Share of problems for which working from left to right is right."""
 CAREFUL_SHARE = 0.35
 """Share of demonstrations that follow the rules of arithmetic."""
-LARGEST_RESULT = 36
+LARGEST_RESULT = 25
 """No intermediate result of either way of working exceeds this, and none is negative."""
 
 MOST_REPEATS = 300
@@ -46,12 +46,11 @@ STORIES = {
     "a+b*c": "{name} has {a} {things} and buys {b} bags of {c}. How many now?",
     "a-b*c": "{name} has {a} {things} and gives {b} to each of {c} friends. How many are left?",
     "a*(b+c)": "{name} has {a} boxes with {b} red and {c} blue {things} each. How many in all?",
-    "a*(b-c)": "{name} fills {a} boxes with {b} {things} and takes {c} out of each. How many stay?",
 }
 NAMES = ("Ann", "Ben", "Eva", "Tom")
 THINGS = ("apples", "pens", "stones", "cards")
-SYMBOL_QUESTIONS = ("Compute {expression}.", "{expression}=?", "What is {expression}?")
-WORD_QUESTIONS = ("What is {expression}?", "Work out {expression}.")
+SYMBOL_QUESTIONS = ("Compute {expression}.", "{expression}=?")
+WORD_QUESTIONS = ("What is {expression}?",)
 OPERATION_WORDS = {"+": "plus", "-": "minus", "*": "times"}
 PARENTHESES_WORDS = {"+": "the sum of {} and {}", "-": "the difference of {} and {}"}
 
@@ -173,7 +172,7 @@ def _draw_numbers(shape: str, rng: random.Random) -> dict[str, int]:
 def _range_of(letter: str, shape: str) -> tuple[int, int]:
     """Small enough that a small model learns the tables: factors are smaller than what is added or subtracted."""
     if letter == "a" and shape.startswith("a-"):
-        return 8, 24
+        return 8, 20
     in_product = f"*{letter}" in shape or f"{letter}*" in shape or ("*" in shape and "(" in shape)
     return 2, 5 if in_product else 9
 

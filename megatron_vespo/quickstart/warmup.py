@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase, Qwen3MoeForCausalLM
 from megatron_vespo.quickstart.problems import Demonstration, Problem
 
 BATCH_SIZE = 16
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 3e-3
 RAMP_STEPS = 20
 FINAL_LEARNING_RATE_FRACTION = 0.1
-MAX_STEPS = 1200
+MAX_STEPS = 1000
 PROBE_EVERY = 50
 TARGET_ACCURACY = 0.28
 """Sampled accuracy on the probe at which the warm-up stops."""
