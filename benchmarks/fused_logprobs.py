@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from memory import STEADY_ALLOCATOR, held_bytes, peak_bytes, reset_peak
 
 from megatron_vespo import platform
 
@@ -83,7 +85,7 @@ def measure(name: str, tokens: int, hidden_size: int, vocab: int, dtype: torch.d
     implementation(*small, labels[:256] % 256).sum().backward()  # what is loaded or compiled once
 
     here.synchronize()
-    here.reset_peak_memory()
+    reset_peak()
     before, start = held_bytes(), time.perf_counter()
     logprobs = implementation(hidden, weight, labels).float()
     here.synchronize()
@@ -95,17 +97,10 @@ def measure(name: str, tokens: int, hidden_size: int, vocab: int, dtype: torch.d
     return {
         "forward_s": middle - start,
         "backward_s": end - middle,
-        "bytes": here.peak_memory_bytes() - before,
+        "bytes": peak_bytes() - before,
         "logprobs": logprobs.tolist(),
         "grad_norms": [hidden.grad.float().norm().item(), weight.grad.float().norm().item()],
     }
-
-
-def held_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
 
 
 def main() -> None:
@@ -135,7 +130,7 @@ def main() -> None:
     first: dict[str, Any] = {}
     for name in options.only:
         command = [sys.executable, __file__, *sys.argv[1:], "--in-this-process", name]
-        process = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(command, capture_output=True, text=True, env=os.environ | STEADY_ALLOCATOR)
         if process.returncode:
             lines = process.stderr.strip().splitlines() or ["no message"]
             killed = f"killed by signal {-process.returncode} (out of memory?): " if process.returncode < 0 else ""

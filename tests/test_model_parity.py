@@ -24,6 +24,7 @@ ROWS = ([12, 4, 28], [40], [8, 8, 4, 4, 16, 20], [24, 12])
 SPLITS: dict[str, dict[str, Any]] = {
     "dense TP2": dict(tensor=2),
     "dense TP2 SP": dict(tensor=2, sequence=True),
+    "dense TP2 SP plain log-probs": dict(tensor=2, sequence=True, logprobs="plain"),
     "dense PP2": dict(pipeline=2),
     "dense PP2 VPP2": dict(pipeline=2, virtual_pipeline=2),
     "dense CP2": dict(context=2),
@@ -102,6 +103,7 @@ def errors_of_a_split(
 
     split = dict(split)
     sharded = split.pop("distributed_optimizer", False)
+    path = split.pop("logprobs", "fused")
     model_config = MODEL.model_copy(update={"recompute": split.pop("recompute", "none")})
     layout = ParallelLayout(world_size=dist.get_world_size(), **split)
     ranks.initialize(layout, seed=1)
@@ -118,7 +120,7 @@ def errors_of_a_split(
     def forward_step(rows_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[torch.Tensor, Any]:
         number, row = next(rows_left)
         local = ranks.local_indices(row.cu_seqlens, layout.context, ranks.cp_rank())
-        head = LogprobHead(config.vocab_size, temperature=1.0).of(row.targets[local])
+        head = LogprobHead(config.vocab_size, temperature=1.0, path=path).of(row.targets[local])
         packing = packed_seq_params(row.cu_seqlens)
         output = model(row.tokens[None, local], None, None, packed_seq_params=packing, head=head)
 

@@ -91,7 +91,7 @@ def objective_phi(name: str, length: float, *, positive: bool, **params: Any) ->
     for an objective whose coefficient is not a function of log W and the length: one that weighs tokens by their own
     ratios, or that searches a threshold over the mini-batch.
     """
-    kernel = build_objective(name, **params).kernel  # type: ignore[attr-defined]
+    kernel = build_objective(name, **params).kernel
     if isinstance(kernel, SearchingKernel):
         raise ValueError(f"objective {name!r} searches its threshold over a mini-batch: it has no phi(W) of its own")
 
