@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from synthetic_run import sample, step_record
 
-from megatron_vespo.observe.progress import RunProgress, step_line
+from megatron_vespo.observe.progress import RunProgress, accuracy_lines, step_line
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.writer import RunWriter
 
@@ -110,3 +110,10 @@ def test_missing_metrics_are_passed_over() -> None:
     assert step_line({"step": 3, "loss": None}, 10) == "step  3/10"
     record = {"step": 3, "w/mean": 1.25, "w/ess": 0.5, "rollout_logprob_diff": 1e-3}
     assert step_line(record, 10) == "step  3/10 · W 1.250 · ESS 0.500 · |Δlogp| 1.0e-03"
+
+
+def test_accuracy_before_and_after_is_said_at_the_end() -> None:
+    records = [{"step": 0, "eval": {"greedy": 0.25, "n": 8}}, {"step": 3, "loss": 1.0}]
+    assert accuracy_lines(records) == []
+    records.append({"step": 9, "eval": {"greedy": 0.75, "n": 8}})
+    assert accuracy_lines(records) == ["held-out greedy: 0.250 before, 0.750 after"]

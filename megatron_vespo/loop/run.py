@@ -20,7 +20,8 @@ from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
-from megatron_vespo.observe.progress import RunProgress
+from megatron_vespo.observe.progress import RunProgress, accuracy_lines
+from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.writer import RunWriter
@@ -194,8 +195,9 @@ class Run:
         if self.config.checkpoint.export_hf:
             self.trainers.export_hf(self.config.directory / "hf")
         self.writer.close()
-        report = write_report(self.config.directory)
-        self.progress.message(f"report: {report}")
+        for line in accuracy_lines(read_records(self.config.directory / "metrics.jsonl")):
+            self.progress.message(line)
+        self.progress.message(f"report: {write_report(self.config.directory)}")
 
 
 @contextmanager

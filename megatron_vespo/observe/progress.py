@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -92,3 +94,16 @@ def evaluation_line(record: Record) -> str:
     problems = scores.pop("n", None)
     shown = " · ".join(f"{name} {value:.3f}" for name, value in scores.items() if isinstance(value, int | float))
     return f"held-out at step {record['step']}: {shown}" + (f" ({problems} problems)" if problems else "")
+
+
+def accuracy_lines(records: Sequence[Record]) -> list[str]:
+    """``held-out greedy: 0.234 before, 0.855 after``, a line a score; [] with fewer than two evaluations."""
+    evaluations = [record["eval"] for record in records if "eval" in record]
+    if len(evaluations) < 2:
+        return []
+    before, after = evaluations[0], evaluations[-1]
+    return [
+        f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after"
+        for name in after
+        if name != "n" and name in before
+    ]

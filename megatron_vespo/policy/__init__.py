@@ -1,3 +1,3 @@
 from megatron_vespo import platform
 
-platform.silence_fallback_warnings()
+platform.silence_upstream_warnings()
