@@ -95,7 +95,7 @@ def build_optimizer(
 def scale_learning_rate(
     optimizer: MegatronOptimizer, metrics: Mapping[str, tuple[float, float]], weight: Literal["w", "phi"]
 ) -> None:
-    """This update's rate times sqrt(ESS / n) of the mini-batch (VCPO, arXiv 2602.17616); the schedule sets the next one.
+    """This update's rate times sqrt(ESS / n) (VCPO, arXiv 2602.17616); the schedule sets the next one anew.
 
     metrics: the mini-batch's sums on the last pipeline stage, {} on the others, which are told.
     """
