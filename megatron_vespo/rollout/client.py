@@ -53,7 +53,7 @@ class HttpEngine:
 
     def generate(self, requests: list[GenerateRequest]) -> list[list[Generation]]:
         calls = _calls(requests)
-        bodies = [(f"{call[0].id} (and {len(call) - 1} more)", _generate_body(call)) for call in calls]
+        bodies = [(_name(call), _generate_body(call)) for call in calls]
         with self._lock:
             self._running.update({request.id: request.n for request in requests})
         try:
@@ -89,7 +89,7 @@ class HttpEngine:
             return await asyncio.gather(*(self._post(client, name, body) for name, body in bodies))
 
     async def _post(self, client: httpx.AsyncClient, name: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        asked = f"/generate of request {name!r}"
+        asked = f"/generate of {name}"
         for attempt in range(1, CONNECT_ATTEMPTS + 1):
             try:
                 return self._checked(await client.post("/generate", json=body), asked).json()
@@ -194,6 +194,11 @@ def _calls(requests: list[GenerateRequest]) -> list[list[GenerateRequest]]:
         calls[-1].append(request)
         room -= wanted
     return calls
+
+
+def _name(call: list[GenerateRequest]) -> str:
+    others = f" and {len(call) - 1} more" if len(call) > 1 else ""
+    return f"request {call[0].id!r}{others}"
 
 
 def _generate_body(requests: list[GenerateRequest]) -> dict[str, Any]:
