@@ -1,0 +1,71 @@
+"""PolicyTrainer on two ranks: after an update, its HF export gives in plain transformers the trainer's own log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tiny_run import make_run
+
+from megatron_vespo.config.load import load_config
+from megatron_vespo.samples.records import Prompt, Sample
+
+
+def make_samples(count: int, vocab_size: int) -> list[Sample]:
+    rng = np.random.default_rng(5)
+    samples = []
+    for i in range(count):
+        prompt, response = (rng.integers(3, vocab_size, n).astype(np.int32) for n in (3 + i % 2, 4 + 3 * i))
+        logprobs = -rng.random(len(response)).astype(np.float32)
+        samples.append(
+            Sample(
+                id=str(i),
+                prompt=Prompt(str(i), prompt, "", ""),
+                response_tokens=response,
+                rollout_logprobs=logprobs,
+                weight_versions=np.zeros(len(response), np.int32),
+                loss_mask=np.ones(len(response), bool),
+                finish_reason="stop",
+                advantage=float(rng.normal()),
+                old_logprobs=logprobs,
+            )
+        )
+    return samples
+
+
+def update_and_export(config_file: Path, overrides: list[str], folder: Path) -> dict[int, np.ndarray]:
+    from megatron_vespo import platform
+    from megatron_vespo.policy.trainer import PolicyTrainer
+
+    platform.current().prepare_megatron(1)
+    trainer = PolicyTrainer(load_config(config_file, overrides).run)
+    samples = make_samples(7, trainer.hf_config.vocab_size)
+    trainer.train_mini_batch(samples)
+    trainer.export_hf(folder)
+    return trainer.compute_logprobs(samples, 0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=1", "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"]
+)
+def test_the_export_has_the_trainers_logprobs(tmp_path: Path, layout: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config, folder = make_run(tmp_path), tmp_path / "hf"
+    reported = run_ranks(update_and_export, 2, config, [layout], folder)
+    positions = sorted(position for rank in reported for position in rank)
+    assert positions == list(range(7))  # each by one rank
+    found = {position: values for rank in reported for position, values in rank.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    model.config._experts_implementation = "eager"  # the grouped one has no float64
+    for i, sample in enumerate(make_samples(7, model.config.vocab_size)):
+        tokens = torch.from_numpy(np.concatenate([sample.prompt.tokens, sample.response_tokens])).long()
+        with torch.no_grad():
+            table = (model(tokens[None]).logits[0] / 0.7).log_softmax(-1)
+        first = len(sample.prompt.tokens)
+        expected = table[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
+        assert np.abs(found[i] - expected.numpy()).max() < 1e-5
