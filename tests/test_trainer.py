@@ -1,4 +1,4 @@
-"""PolicyTrainer on two ranks: after an update, its HF export gives in plain transformers the trainer's own log-probs."""
+"""PolicyTrainer on two ranks: after an update, transformers gets the trainer's own log-probs from its HF export."""
 
 from __future__ import annotations
 
