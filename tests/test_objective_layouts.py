@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 ROUNDING = 3e-5
 """Of float32 against float64 on one rank: phi turns the rounding of a summed log-ratio into that of a coefficient."""
 TEMPERATURE = 0.8
-OBJECTIVES = ("vespo", "grpo", "gspo", "sapo")
+OBJECTIVES = ("vespo", "grpo", "gspo", "sapo", "cispo", "topr", "respo", "bapo", "m2po")
 MODEL = ModelConfig(path=Path("unused"), dtype="float32", layer_spec="local")
 SPLITS: dict[str, dict[str, Any]] = {
     "dense TP2": dict(tensor=2),
