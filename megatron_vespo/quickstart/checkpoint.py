@@ -63,6 +63,7 @@ def make_quickstart(folder: Path, seed: int, warmup_steps: int = STEPS) -> None:
     if _is_complete(folder, seed):
         return
     building = folder.with_name(f".{folder.name}.building-{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)  # a killed run's, whose process number has come round again
     building.mkdir(parents=True)
     try:
         _build(building, seed, warmup_steps)

@@ -1,8 +1,8 @@
 """Supervised warm-up of the quickstart's model, until it solves some of the problems, not most.
 
 What it solves is set by the demonstrations (problems.py), not by stopping early: it is trained until it copies the
-pupil's ways without slips. A model stopped on the way there starts at the same accuracy, but so unsure of its tables
-that RL cannot tell a wrong way of working from a slip (measured: no gain in 36 rollout batches). The accuracy is
+pupil's ways without slips. Two models stopped on the way there made no gain in 36 rollout batches; they differed in
+learning rate and data too, so that the early stop is the likely cause and not an isolated one. The accuracy is
 measured on a probe: problems drawn as the held-out ones are, but none of them.
 """
 
