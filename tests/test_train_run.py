@@ -129,16 +129,24 @@ def another_checkpoint(folder: Path) -> list[str]:
         (lambda folder: ["train.mini_batches=3"], "train.mini_batches = 3 does not divide"),
         (lambda folder: ["objective.name=vesppo"], "did you mean 'vespo'?"),
         (lambda folder: ["model.path=nowhere"], "model.path = nowhere"),
+        (lambda folder: ["reward.name=maths"], "reward.name='maths'"),
+        (lambda folder: ["train.prompts_per_step=26"], "Set train.prompts_per_step to 24 or less"),
         (broken_data, "broken.jsonl, line 6"),
         (missing_field, "nofield.jsonl, line 2"),
         (another_checkpoint, "hidden_size is 32 there and 64 here"),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Any, expected: str
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Any,
+    expected: str,
 ) -> None:
     folder = tmp_path / "bad"
     shutil.copytree(finished, folder)
+    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray was started"))
     code = main(["train", str(folder / "tiny.yaml"), *prepare(folder)])
     err = capsys.readouterr().err
     assert code == 2 and expected in err and "Traceback" not in err

@@ -48,7 +48,7 @@ class EngineGroup:
 
     def __init__(self, config: RunConfig, logs: Path) -> None:
         rollout = config.rollout
-        gpus = float(rollout.engine_args.get("tp-size", 1)) if platform.current().name == "cuda" else 0
+        gpus = float(rollout.engine_args.get("tp-size", 1)) * platform.current().accelerators_per_rank
         self.hosts: list[Any] = []
         urls = list(rollout.urls)
         if not urls:

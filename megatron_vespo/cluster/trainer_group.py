@@ -62,8 +62,8 @@ class TrainerGroup:
     def __init__(self, config: RunConfig, logs: Path) -> None:
         cluster = config.cluster
         self.logs = [logs.resolve() / f"trainer-{rank}.log" for rank in range(cluster.world_size)]
-        seat = {"CPU": 1.0, "GPU": 1.0} if platform.current().name == "cuda" else {"CPU": 1.0}
-        bundle = {resource: amount * cluster.ranks_per_node for resource, amount in seat.items()}
+        seat = {"CPU": 1.0, "GPU": float(platform.current().accelerators_per_rank)}
+        bundle = {resource: amount * cluster.ranks_per_node for resource, amount in seat.items() if amount}
         self.placement = placement_group([bundle] * cluster.nodes, "STRICT_SPREAD" if cluster.nodes > 1 else "PACK")
         if not self.placement.wait(PLACEMENT_DEADLINE_S):
             raise ClusterError(
@@ -78,7 +78,7 @@ class TrainerGroup:
         threads = str(config.cluster.threads_per_rank)
         options: dict[str, Any] = dict(
             num_cpus=seat["CPU"],
-            num_gpus=seat.get("GPU", 0),
+            num_gpus=seat["GPU"],
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self.placement, placement_group_bundle_index=rank // config.cluster.ranks_per_node

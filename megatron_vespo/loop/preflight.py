@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -13,7 +11,7 @@ from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
-from megatron_vespo.policy.memory import MemoryEstimate, estimate_memory
+from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
 from megatron_vespo.policy.objective import objective_of
 
@@ -25,13 +23,14 @@ class Plan:
     """What a run would do, for ``--dry-run``."""
 
     config: RunConfig
+    hf_config: Any
     layout: ParallelLayout
-    memory: MemoryEstimate
     missing: list[str] = field(default_factory=list)
     """What is not on this machine, and would end a real run here."""
 
     def describe(self) -> str:
-        config, layout, memory = self.config, self.layout, self.memory
+        config, layout = self.config, self.layout
+        memory = estimate_memory(self.hf_config, config, layout)
         sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
         parts = ("weights", "gradients", "optimizer", "activations")
         by_part = ", ".join(f"{part} {getattr(memory, part) / GIB:.1f}" for part in parts)
@@ -68,13 +67,13 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
             check_same_model(checkpoint, hf_config)
         except CheckpointError as error:
             raise ConfigError(str(error)) from None
-    return Plan(config, layout, estimate_memory(hf_config, config, layout), missing)
+    return Plan(config, hf_config, layout, missing)
 
 
 def _absent_files(config: RunConfig) -> list[str]:
     found = []
     if not (config.model.path / "config.json").is_file():
-        found.append(f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint")
+        found.append(_no_checkpoint(config))
     elif not any(config.model.path.glob("*.safetensors")):
         found.append(f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded")
     for name, path in (("data.train", config.data.train), ("data.evaluate", config.data.evaluate)):
@@ -86,19 +85,15 @@ def _absent_files(config: RunConfig) -> list[str]:
 def _model_config(config: RunConfig) -> Any:
     folder = config.model.path if (config.model.path / "config.json").is_file() else config.model.shape
     if folder is None:
-        raise ConfigError(
-            f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
-        )
-    return read_hf_config(folder)
-
-
-def read_hf_config(folder: Path) -> Any:
-    """The checkpoint's own config. Raises :class:`ConfigError`."""
+        raise ConfigError(_no_checkpoint(config))
     try:
-        json.loads((folder / "config.json").read_text())
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.json'}: not a model config that transformers reads ({error})") from None
+
+
+def _no_checkpoint(config: RunConfig) -> str:
+    return f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
 
 
 def _check_counts(config: RunConfig, hf_config: Any) -> None:

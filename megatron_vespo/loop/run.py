@@ -211,6 +211,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
     state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
+    prompts.require(config.train.prompts_per_step)
+    reward = build_reward(config.reward.name)
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
@@ -227,7 +229,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             )
         )
         stack.enter_context(ray_cluster(config))
-        rewards = RewardWorkers(build_reward(config.reward.name), config.reward.workers, config.reward.timeout_s)
+        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
         stack.callback(rewards.close)
         engines = EngineGroup(config, directory / "logs")
         stack.callback(engines.close)

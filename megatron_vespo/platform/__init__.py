@@ -24,6 +24,9 @@ class Platform(Protocol):
     def device(self) -> torch.device:
         """Where this process keeps its tensors."""
 
+    accelerators_per_rank: int
+    """GPUs that a trainer rank, or a tensor-parallel rank of an engine, takes of its node."""
+
     @property
     def layer_spec_kind(self) -> LayerSpecKind:
         """Which of megatron-core's layer specs ``layer_spec: auto`` means here."""

@@ -13,6 +13,7 @@ from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformN
 class CpuPlatform:
     name: PlatformName = "cpu"
     distributed_backend: DistributedBackend = "gloo"
+    accelerators_per_rank = 0
 
     @property
     def layer_spec_kind(self) -> LayerSpecKind:

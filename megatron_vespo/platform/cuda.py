@@ -13,6 +13,7 @@ from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformN
 class CudaPlatform:
     name: PlatformName = "cuda"
     distributed_backend: DistributedBackend = "nccl"
+    accelerators_per_rank = 1
 
     @property
     def layer_spec_kind(self) -> LayerSpecKind:

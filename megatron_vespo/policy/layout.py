@@ -163,11 +163,6 @@ def pp_group() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
-def is_first_stage() -> bool:
-    """Whether this rank holds the pipeline's first chunk (the embedding)."""
-    return pp_rank() == 0
-
-
 def is_last_stage() -> bool:
     """Whether this rank holds the pipeline's last chunk (the output layer), so that it sees logits and the loss."""
     return pp_rank() == dist.get_world_size(pp_group()) - 1

@@ -39,10 +39,10 @@ from megatron_vespo.weights.sync import DiskTransport
 
 
 class PolicyTrainer:
-    """The policy, its optimizer, and what the loop asks of them. torch.distributed is initialised by the caller."""
+    """The policy, its optimizer, and what the loop asks of them. The caller has prepared the
+    platform and initialised torch.distributed."""
 
     def __init__(self, config: RunConfig) -> None:
-        platform.current().prepare_megatron()
         self.config = config
         self.device = platform.current().device
         self.hf_config = AutoConfig.from_pretrained(config.model.path)

@@ -48,10 +48,6 @@ class GradingCounts:
     seconds: float = 0.0
     """Wall time inside :meth:`RewardWorkers.score`."""
 
-    @property
-    def graded_per_second(self) -> float:
-        return self.graded / self.seconds if self.seconds else 0.0
-
 
 @dataclass(slots=True)
 class _Worker:

@@ -200,11 +200,7 @@ class PromptStream:
 
     def next(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts. Raises :class:`DataError` if the data set has fewer than ``n``."""
-        if n > len(self.prompts):
-            raise DataError(
-                f"{n} different prompts were asked for at once and the data set has {len(self.prompts)}. "
-                f"Set train.prompts_per_step to {len(self.prompts)} or less, or bring more data."
-            )
+        self.require(n)
         taken = [int(i) for i in self._order[self.position : self.position + n]]
         self.position += len(taken)
         missing = n - len(taken)
@@ -215,6 +211,14 @@ class PromptStream:
             self.position = missing
             taken = taken + [int(i) for i in self._order[:missing]]
         return [self.prompts[i] for i in taken]
+
+    def require(self, n: int) -> None:
+        """Raises :class:`DataError` if the data set cannot fill a batch of ``n`` different prompts."""
+        if n > len(self.prompts):
+            raise DataError(
+                f"{n} different prompts were asked for at once and the data set has {len(self.prompts)}. "
+                f"Set train.prompts_per_step to {len(self.prompts)} or less, or bring more data."
+            )
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs, JSON-able and no longer than a batch."""
