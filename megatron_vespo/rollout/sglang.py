@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
+from megatron_vespo import platform
 from megatron_vespo.platform.sglang_cpu import SGLANG_VERSION
 from megatron_vespo.rollout.protocol import EngineError
 
@@ -42,6 +41,6 @@ def command(flags: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, st
         )
     # Tokens in, tokens out; no tokenizer is needed. The warm-up would send text.
     ours: dict[str, Any] = {**flags, "skip-tokenizer-init": True, "skip-server-warmup": True}
-    if torch.cuda.is_available():
+    if platform.current().name == "cuda":
         return "sglang.launch_server", ours, ENV
     return "megatron_vespo.platform.sglang_cpu", {**ours, **CPU_FLAGS}, {**ENV, **CPU_ENV}
