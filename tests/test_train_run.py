@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from tiny_run import make_checkpoint, make_run, processes_about, records, start,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.cli import main
+from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +54,16 @@ def test_engine_and_trainer_agree_before_and_after_each_sync(finished: Path) -> 
         assert record["staleness_mean"] == pytest.approx(0.5, abs=0.2) and record["staleness_max"] == 1
     assert all(record["sync_probe_max"] < 1e-4 for record in steps(finished)[1:])
     assert all(record["grad_norm"] > 0 for record in steps(finished))
+
+
+def test_the_rollouts_are_stored_with_the_logprobs_they_were_trained_at(finished: Path) -> None:
+    folder = finished / "run" / "rollouts"
+    assert stored_steps(folder) == [1, 2, 3, 4]
+    samples = read_batch(batch_file(folder, 2))
+    assert [s.trained_version for s in samples] == [2] * 16 + [3] * 16  # a batch is two updates
+    moved = [float(np.abs(s.train_logprobs - s.old_logprobs).max(initial=0)) for s in samples]
+    # The first update sees the weights that sampled, the second those of the first.
+    assert max(moved[:16]) < 1e-5 < 1e-4 < max(moved[16:])
 
 
 def test_the_export_loads_in_transformers_and_differs_from_the_start(finished: Path) -> None:

@@ -107,16 +107,16 @@ class TrainerGroup:
 
     # ------------------------------------------------------------------------------------------ collective calls
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-        """One optimizer update. Metric name -> (sum, denominator) over the whole mini-batch."""
-        return next(metrics for metrics in self._all("train_mini_batch", ray.put(list(samples))) if metrics)
+    def train_mini_batch(self, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+        """One optimizer update. (metric name -> (sum, denominator) over the whole mini-batch, [response] float32 log pi
+        of each sample as the update saw it)."""
+        results = self._all("train_mini_batch", ray.put(list(samples)))
+        metrics = next(result.metrics for result in results if result.metrics)
+        return metrics, _in_order([result.logprobs for result in results])
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
-        found: dict[int, np.ndarray] = {}
-        for part in self._all("compute_logprobs", ray.put(list(samples)), temperature):
-            found.update(part)
-        return [found[i] for i in range(len(samples))]
+        return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))
 
     def publish(self, folder: Path, version: int) -> Path:
         """Write the current weights for the engines; returns the folder to load."""
@@ -135,3 +135,9 @@ class TrainerGroup:
         for actor in self.ranks:
             ray.kill(actor)
         remove_placement_group(self.placement)
+
+
+def _in_order(parts: Sequence[dict[int, np.ndarray]]) -> list[np.ndarray]:
+    """One list by position out of what the ranks reported."""
+    found = {position: values for part in parts for position, values in part.items()}
+    return [found[i] for i in range(len(found))]

@@ -204,6 +204,8 @@ class ClusterConfig(Section):
 class LogConfig(Section):
     samples_per_step: NonNegativeInt = 4
     """Readable responses kept under samples/ each step."""
+    rollouts_kept: NonNegativeInt = 8
+    """Newest rollout batches kept whole under rollouts/, for ``compare`` and ``budget --run``; 0: none."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases."""
     project: str = "megatron_vespo"

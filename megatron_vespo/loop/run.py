@@ -32,6 +32,7 @@ from megatron_vespo.rollout.protocol import SamplingParams
 from megatron_vespo.rollout.sampling import sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
 from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 
 PROBE_SEQUENCES = 4
 
@@ -122,8 +123,11 @@ class Run:
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
-        for name, (total, denominator) in self.trainers.train_mini_batch(mini_batch).items():
+        metrics, logprobs = self.trainers.train_mini_batch(mini_batch)
+        for name, (total, denominator) in metrics.items():
             self.metrics.add(name, total, denominator)
+        for sample, trained in zip(mini_batch, logprobs, strict=True):
+            sample.train_logprobs, sample.trained_version = trained, self.version
         lag = self.version - np.concatenate([s.weight_versions for s in mini_batch])
         self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
         self.metrics.add_maximum("staleness_max", float(lag.max(initial=0)))
@@ -173,6 +177,10 @@ class Run:
         self.metrics = MetricSums()
         self.writer.write(record)
         self.writer.write_samples(self.step, samples[: self.config.log.samples_per_step])
+        if self.config.log.rollouts_kept:
+            folder = self.config.directory / "rollouts"
+            write_batch(batch_file(folder, self.step), samples)
+            keep_newest(folder, self.config.log.rollouts_kept)
         self.progress.step(record)
 
     def record_evaluation(self, result: dict[str, float]) -> None:

@@ -17,10 +17,10 @@ import torch
 from megatron_vespo.objectives.aggregation import Aggregation
 from megatron_vespo.objectives.catalog import OBJECTIVES
 from megatron_vespo.objectives.corrections import Correction, build_correction
-from megatron_vespo.objectives.inputs import ObjectiveInputs, ObjectiveOutput
+from megatron_vespo.objectives.inputs import Metric, ObjectiveInputs, ObjectiveOutput
 from megatron_vespo.objectives.kernel import Kernel, SearchingKernel
 from megatron_vespo.objectives.metrics import correction_metrics, ratio_metrics
-from megatron_vespo.objectives.ratios import measure_ratios
+from megatron_vespo.objectives.ratios import Ratios, measure_ratios
 from megatron_vespo.objectives.registry import construct, unknown
 
 
@@ -57,13 +57,13 @@ class ComposedObjective:
             raise RuntimeError(f"objective {self.name!r} has nothing to search: it can be called as it is")
         return replace(self, kernel=self.kernel.prepare(sums))
 
-    def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+    def token_losses(self, ratios: Ratios) -> tuple[torch.Tensor, dict[str, Metric]]:
+        """[T] float64, unscaled, the correction's factor in them (any value where masked); and metrics."""
         if isinstance(self.kernel, SearchingKernel):
             raise RuntimeError(
                 f"objective {self.name!r} searches its bounds over the whole mini-batch, a micro-batch's own would "
                 "depend on the split: add measure(inputs) over all micro-batches and ranks, then call prepare(sums)"
             )
-        ratios = measure_ratios(inputs, engine_inside=self.correction.engine_inside)
         token_loss, metrics = self.kernel(ratios)
         if token_loss.shape != ratios.mask.shape:
             raise ValueError(
@@ -74,6 +74,11 @@ class ComposedObjective:
         if factor is not None:
             token_loss = token_loss * factor
             metrics = metrics | correction_metrics(ratios, factor)
+        return token_loss, metrics
+
+    def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        ratios = measure_ratios(inputs, engine_inside=self.correction.engine_inside)
+        token_loss, metrics = self.token_losses(ratios)
         loss = self.aggregation(token_loss, ratios, inputs.total_tokens, inputs.total_sequences)
         return ObjectiveOutput(loss=loss, metrics=ratio_metrics(ratios) | metrics)
 

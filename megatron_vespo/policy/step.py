@@ -26,6 +26,15 @@ MetricTable = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatchReport:
+    """What the last stage tells of one micro-batch of a training pass."""
+
+    metrics: dict[str, Metric]
+    logprobs: torch.Tensor
+    """[T] float32, detached: of this rank's labels."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogprobHead:
     """How the last stage makes log-probs and entropies of its tokens' labels: [2, T] float32, the first with grad."""
 
@@ -109,7 +118,7 @@ def objective_loss(objective: ComposedObjective, totals: dict[str, float]) -> An
     totals: ``total_tokens`` and ``total_sequences`` of the mini-batch.
     """
 
-    def loss(batch: PackedBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+    def loss(batch: PackedBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, MicroBatchReport]:
         output = objective(objective_inputs(batch, scores, **totals))
         entropy_sum = torch.where(batch.mask, scores[1].detach(), 0.0).sum()
         metrics = {
@@ -118,7 +127,7 @@ def objective_loss(objective: ComposedObjective, totals: dict[str, float]) -> An
             "entropy": (entropy_sum, batch.mask.sum().float()),
         }
         # The count of tokens is for megatron-core's own scaling, which policy/optimizer.py turns off.
-        return output.loss, torch.tensor(0, dtype=torch.int), metrics
+        return output.loss, torch.tensor(0, dtype=torch.int), MicroBatchReport(metrics, scores[0].detach())
 
     return loss
 

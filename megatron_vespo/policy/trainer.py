@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ from megatron_vespo.weights.save import save_hf_folder
 from megatron_vespo.weights.sync import DiskTransport
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What one rank tells of an optimizer update."""
+
+    metrics: MetricTable
+    """Of the whole mini-batch on the last pipeline stage, else {}."""
+    logprobs: dict[int, np.ndarray]
+    """Position in the mini-batch -> [response] float32 log pi, as this update saw it; each sample by one rank."""
+
+
 class PolicyTrainer:
     """The policy, its optimizer, and what the loop asks of them. The caller has prepared the
     platform and initialised torch.distributed."""
@@ -63,8 +74,8 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> MetricTable:
-        """One optimizer update on ``samples`` (advantages set). Metrics on the last pipeline stage, else {}."""
+    def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
+        """One optimizer update on ``samples`` (advantages set)."""
         totals = {
             "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
             "total_sequences": float(len(samples)),
@@ -79,7 +90,8 @@ class PolicyTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        metrics = sum_metrics(run_micro_batches(self.chunks, batches, head, loss, forward_only=False))
+        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False)
+        metrics = sum_metrics([report.metrics for report in reports])
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -92,23 +104,26 @@ class PolicyTrainer:
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
             }
-        return metrics
+        return UpdateResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
 
     @torch.no_grad()
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
-        """Position in ``samples`` -> [response] float32 log-probs now.
-
-        Each sample is reported by exactly one rank (a last stage, first tensor- and context-parallel rank).
-        """
-        plan = self._plan(samples)
+        """Position in ``samples`` -> [response] float32 log-probs now; each sample is reported by one rank."""
 
         def collect(batch: PackedBatch, scores: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return scores[0]
 
         batches = self._batches(samples)
         shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
+        return self._by_sample(samples, batches, shards)
+
+    def _by_sample(
+        self, samples: Sequence[Sample], batches: Sequence[PackedBatch], shards: Sequence[torch.Tensor]
+    ) -> dict[int, np.ndarray]:
+        """Position in ``samples`` -> [response] of the per-label ``shards`` [T] of this rank's ``batches`` (off the
+        last stage: none). {} but on the first tensor- and context-parallel rank of a last stage."""
         found: dict[int, np.ndarray] = {}
-        for members, batch, shard in zip(plan, batches, shards, strict=bool(shards)):
+        for members, batch, shard in zip(self._plan(samples), batches, shards, strict=bool(shards)):
             row = self._unshard(shard, batch)
             for position, start in zip(members, batch.cu_seqlens.tolist(), strict=False):
                 sample = samples[position]

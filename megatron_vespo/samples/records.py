@@ -51,6 +51,10 @@ class Sample:
     advantage: float | None = None
     old_logprobs: np.ndarray | None = None
     """[response] float32: log pi_old, the trainer's own log-prob at the version that sampled."""
+    train_logprobs: np.ndarray | None = None
+    """[response] float32: log pi, the trainer's log-prob in the forward pass of the update it was trained by."""
+    trained_version: int | None = None
+    """The weight version that this update began from; the samples of one mini-batch share it."""
     routed_experts: np.ndarray | None = None
     """[prompt + response - 1, layers, topk] int32, when the engine was asked for them."""
     metadata: dict[str, Any] = field(default_factory=dict)
