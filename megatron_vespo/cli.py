@@ -77,16 +77,17 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.loop.synchronous import train
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
+    from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
     from megatron_vespo.samples.dataset import DataError
 
     try:
         with open_run(resolved) as run:
             train(run)
-    except (DataError, RewardError, CheckpointError) as error:
+    except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, EngineError, SyncError) as error:
+    except (ClusterError, EngineError, EpisodeError, SyncError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:

@@ -110,5 +110,10 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model has {limit} positions; "
             "lower one of them"
         )
+    if config.reward.overlong_buffer > rollout.max_response_tokens:
+        raise ConfigError(
+            f"reward.overlong_buffer = {config.reward.overlong_buffer} is more than rollout.max_response_tokens = "
+            f"{rollout.max_response_tokens}: even an empty response would lose reward; lower it"
+        )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")

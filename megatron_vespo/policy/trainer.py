@@ -76,9 +76,10 @@ class PolicyTrainer:
 
     def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
         """One optimizer update on ``samples`` (advantages set)."""
+        # Of what counts; at least 1, so that a mini-batch in which nothing does gives a gradient of zero.
         totals = {
-            "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
-            "total_sequences": float(len(samples)),
+            "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
+            "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
         }
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
