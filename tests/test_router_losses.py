@@ -46,6 +46,10 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "moe PP2 VPP2": dict(pipeline=2, virtual_pipeline=2, size=1),
     "mixed PP2": dict(pipeline=2),
 }
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "moe TP2 PP2": dict(tensor=2, sequence=True, pipeline=2),
+    "moe TP2 CP2": dict(tensor=2, sequence=True, context=2, expert=2),
+}
 
 
 def tiny(kind: str) -> Any:
@@ -155,6 +159,25 @@ def errors_of_a_split(
     return abs(total / denominator - value) / value, worst, whose
 
 
+def forward_only(model_config: ModelConfig) -> tuple[set[type], list[float]]:
+    """The classes of a model's routers, and the losses' values after a pass without a backward."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy.model import build_model
+    from megatron_vespo.policy.router import RouterLosses
+    from megatron_vespo.policy.step import LogprobHead, run_micro_batches
+
+    platform.current().prepare_megatron(1)
+    ranks.initialize(ParallelLayout(), seed=1)
+    chunks = build_model(tiny("moe"), model_config, ParallelLayout())
+    losses = RouterLosses(z=1.0, balance=1.0, total_tokens=1.0, total_sequences=1.0)
+    losses.attach(chunks)
+    head = LogprobHead(101, temperature=1.0)
+    run_micro_batches(chunks, [pack(make_samples())], head, lambda *_, **options: None, forward_only=True)
+    return {type(m) for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)}, losses.values.tolist()
+
+
 def run_splits(splits: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     platform.current().prepare_megatron(1)
     return {
@@ -174,13 +197,60 @@ def references() -> dict[str, Any]:
 def results(references: dict[str, Any]) -> dict[str, Any]:
     one = run_ranks(run_splits, 1, ONE_RANK, references)
     two = run_ranks(run_splits, 2, TWO_RANKS, references, timeout_s=240)
-    return {key: [rank[key] for rank in found] for found in (one, two) for key in found[0]}
+    four = run_ranks(run_splits, 4, FOUR_RANKS, references, timeout_s=240)
+    return {key: [rank[key] for rank in found] for found in (one, two, four) for key in found[0]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("split", [*ONE_RANK, *TWO_RANKS])
+@pytest.mark.parametrize("split", [*ONE_RANK, *TWO_RANKS, *FOUR_RANKS])
 def test_metric_and_gradients_equal_the_reference(results: Any, split: str, loss: str) -> None:
     for metric_error, gradient_error, whose in results[split, loss]:
         assert metric_error < TOLERANCE
         assert gradient_error < TOLERANCE, whose
+
+
+@pytest.mark.slow
+def test_nothing_runs_without_weights_or_without_a_backward() -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_vespo.policy.router import LossRouter
+
+    for losses, router in ((LOSSES["z"], LossRouter), ({}, TopKRouter)):
+        model_config = ModelConfig(path=Path(), dtype="float32", layer_spec="local", **losses)
+        assert run_ranks(forward_only, 1, model_config) == [({router}, [0.0, 0.0])]
+
+
+def samples_of(vocab_size: int) -> list[Sample]:
+    samples = make_samples()
+    for sample in samples:
+        sample.prompt.tokens %= vocab_size
+        sample.response_tokens %= vocab_size
+    return samples
+
+
+def train_mini_batch(config_file: Path) -> dict[str, tuple[float, float]]:
+    from megatron_vespo.config.load import load_config
+    from megatron_vespo.policy.trainer import PolicyTrainer
+
+    platform.current().prepare_megatron(1)
+    overrides = ["parallel.pipeline=2", "model.router_z_loss=0.001", "model.router_balance_loss=0.01"]
+    trainer = PolicyTrainer(load_config(config_file, overrides).run)
+    return trainer.train_mini_batch(samples_of(trainer.hf_config.vocab_size))
+
+
+@pytest.mark.slow
+def test_the_last_stage_reports_the_losses_of_all(tmp_path: Path) -> None:
+    from tiny_run import make_run
+    from transformers import AutoModelForCausalLM
+
+    config_file = make_run(tmp_path)
+    first, last = run_ranks(train_mini_batch, 2, config_file)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    sequences = [[*s.prompt.tokens, *s.response_tokens] for s in samples_of(model.config.vocab_size)]
+    with torch.no_grad():
+        logits = [model(torch.tensor([s]), output_router_logits=True).router_logits for s in sequences]
+    z, balance = router_reference(logits, model.config.num_experts_per_tok)
+    assert first == {}
+    assert last["router_z_loss"] == (pytest.approx(z.item(), rel=1e-5), 2.0)
+    assert last["router_balance_loss"] == (pytest.approx(balance.item(), rel=1e-5), 2.0)
