@@ -12,7 +12,7 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
-from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
+from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
 
 GIB = 1 << 30
@@ -58,6 +58,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
         check_architecture(hf_config)
         check_layout(hf_config, layout)
+        check_router_losses(hf_config, config.model)
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -23,6 +23,7 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
+from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -91,8 +92,10 @@ class PolicyTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False)
+        router_losses = RouterLosses.of_mini_batch(self.config.model, [s.length for s in samples])
+        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses)
         metrics = sum_metrics([report.metrics for report in reports])
+        router_metrics = router_losses.metrics() if router_losses is not None else {}
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -100,7 +103,7 @@ class PolicyTrainer:
         _, grad_norm, _ = self.optimizer.step()
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {
+            metrics |= router_metrics | {
                 "loss": (metrics["loss"][0], 1.0),
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
