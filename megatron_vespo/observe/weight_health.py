@@ -1,14 +1,15 @@
-"""The sequence-weight health of a step: few numbers from the table of all its responses, under the record's ``health/``.
+"""The sequence-weight health of a step: what the table of its responses says, under the record's ``health/``.
 
 All are taken over every response of the step at once: a quantile, a share or a slope of a mini-batch's part would
-depend on the cut. Each is given for the whole, and with ``_stale`` and ``_engine`` for the two factors of W (for
-phi: had the other factor been 1). With n responses that have a counted token:
+depend on the cut. Each is given for the whole, and with ``_stale`` and ``_engine`` for the two factors of W (of phi:
+had the other factor been 1). With n responses that have a counted token:
 
-    log_w/p05 p25 p50 p75 p95    quantiles of log W, W = pi / mu (log_w_stale/..., log_w_engine/...), interpolated linearly
-    ess_w, ess_phi               (sum x)^2 / (n sum x^2), the share of responses that still carry weight, in (0, 1]
-    dead_positive, dead_negative share of the responses with A > 0 (A < 0) whose phi is below DEAD
-    phi_slope                    change of phi per 1,000 tokens of a response's length: least squares with one slope and
-                                 a constant for each sign of A, so that one sign's longer responses make no slope
+    log_w/p05 p25 p50 p75 p95  quantiles of log W, W = pi / mu, interpolated linearly
+    ess_w, ess_phi             (sum x)^2 / (n sum x^2): the share of responses that still carry weight, in (0, 1]
+    dead_positive              share of the responses with A > 0 whose phi is below DEAD
+    dead_negative              of those with A < 0
+    phi_slope                  change of phi per 1,000 tokens of length: least squares with one slope, and a constant
+                               for each sign of A, so that one sign's longer responses make no slope
 
 phi is that of objectives/coefficients.py, for any objective: 1 on policy. Responses with A = 0, which have none, are
 left out of what is said of phi. A number without data is left out: dead_negative of a step without a response of

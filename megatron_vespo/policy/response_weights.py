@@ -28,14 +28,14 @@ def response_inputs(samples: Sequence[Sample], logprobs: Sequence[np.ndarray]) -
     """
     lengths = [len(s.response_tokens) for s in samples]
 
-    def joined(parts: Sequence[np.ndarray | None]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(part for part in parts if part is not None)]))
+    def joined(parts: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]))
 
     return ObjectiveInputs(
         logprobs=joined(logprobs),
-        old_logprobs=joined([s.old_logprobs for s in samples]),
+        old_logprobs=joined([s.old_logprobs for s in samples if s.old_logprobs is not None]),
         rollout_logprobs=joined([s.rollout_logprobs for s in samples]),
-        mask=torch.from_numpy(np.concatenate([np.empty(0, bool), *(s.loss_mask for s in samples)])),
+        mask=joined([s.loss_mask for s in samples], bool),
         segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), lengths)),
         advantages=torch.tensor([s.advantage or 0.0 for s in samples], dtype=torch.float32),
         num_segments=len(samples),
