@@ -112,12 +112,11 @@ class TrainerGroup:
         self, samples: Sequence[Sample]
     ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray], WeightTable]:
         """One optimizer update. (metric name -> (sum, denominator) over the whole mini-batch, [response] float32 log pi
-        of each sample as the update saw it, a row of sequence weights of each)."""
+        of each sample as the update saw it, a row of sequence weights of each, in any order)."""
         results = self._all("train_mini_batch", ray.put(list(samples)))
         metrics = next(result.metrics for result in results if result.metrics)
-        positions = [position for result in results for position in result.logprobs]
-        weights = stacked([result.weights for result in results]).rows(np.argsort(positions))
-        return metrics, _in_order([result.logprobs for result in results]), weights
+        logprobs = _in_order([result.logprobs for result in results])
+        return metrics, logprobs, stacked([result.weights for result in results])
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
