@@ -16,6 +16,10 @@ from tiny_run import make_checkpoint, make_run, processes_about, records, start,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.cli import main
+from megatron_vespo.config.load import load_config
+from megatron_vespo.observe.weight_health import health_metrics
+from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.policy.response_weights import weigh_trained
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
 pytestmark = pytest.mark.slow
@@ -64,6 +68,17 @@ def test_the_rollouts_are_stored_with_the_logprobs_they_were_trained_at(finished
     moved = [float(np.abs(s.train_logprobs - s.old_logprobs).max(initial=0)) for s in samples]
     # The first update sees the weights that sampled, the second those of the first.
     assert max(moved[:16]) < 1e-5 < 1e-4 < max(moved[16:])
+
+
+def test_a_steps_weight_health_is_that_of_its_stored_rollouts(finished: Path) -> None:
+    config = load_config(finished / "run" / "config.resolved.yaml").run
+    for record in steps(finished):
+        samples = read_batch(batch_file(finished / "run" / "rollouts", record["step"]))
+        expected = health_metrics(weigh_trained(objective_of(config), samples))
+        assert {name: record.get(name) for name in record if name.startswith("health/")} == pytest.approx(expected)
+        assert record["health/log_w_stale/p95"] > 1e-4 > abs(record["health/log_w_engine/p95"])
+    report = (finished / "run" / "report.html").read_text()
+    assert "Mismatch budget" in report and "Dead responses" in report
 
 
 def test_the_export_loads_in_transformers_and_differs_from_the_start(finished: Path) -> None:
