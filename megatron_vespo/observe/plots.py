@@ -158,8 +158,8 @@ def draw(panel: Panel, steps: Sequence[Record], evaluations: Sequence[Record]) -
         if high - low < 1:
             axes.set_xlim(low - 1, high + 1)
         if len(curves) + len(scores) > 1:
-            _legend(figure, axes)
-        return _svg(figure)
+            legend(figure, axes)
+        return svg_text(figure)
 
 
 def _curves(panel: Panel, steps: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -205,8 +205,8 @@ def draw_seconds(steps: Sequence[Record]) -> str | None:
             axes.fill_between(edges, bottom, top, step="post", color=color, label=phase, linewidth=0)
             bottom = top
         axes.set_ylabel("seconds a step")
-        _legend(figure, axes)
-        return _svg(figure)
+        legend(figure, axes)
+        return svg_text(figure)
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -219,7 +219,7 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=5, handlelength=1.2, columnspacing=1.2, borderpad=0)
 
@@ -240,7 +240,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1.0), math.nan)
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """The drawing for a page: colours as CSS variables, no addresses."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_vespo.observe import plots
+from megatron_vespo.observe.page import document, figure, grid, heading, section
 from megatron_vespo.observe.records import Record, number, read_records
 
 SAMPLES_SHOWN = 4
@@ -56,37 +57,30 @@ def render(run_name: str, records: Sequence[Record], config_text: str, samples: 
     evaluations = [record for record in records if isinstance(record.get("eval"), dict)]
     steps = [record for record in records if "eval" not in record]
     config = _parsed(config_text)
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
     def panels(group: Sequence[plots.Panel]) -> list[str]:
-        return [_figure(p.title, p.note, svg) for p in group if (svg := plots.draw(p, steps, evaluations))]
+        return [figure(p.title, p.note, svg) for p in group if (svg := plots.draw(p, steps, evaluations))]
 
     throughput = panels(plots.THROUGHPUT)
     if seconds := plots.draw_seconds(steps):
-        throughput.append(_figure("Time by phase", "Where the wall time of each step went.", seconds))
+        throughput.append(figure("Time by phase", "Where the wall time of each step went.", seconds))
     body = [
         _header(run_name, config, steps),
         _tiles(steps, evaluations),
-        _section("Learning", _grid(panels(plots.LEARNING))),
-        _section("Held-out accuracy", _evaluation_table(evaluations)),
-        _section("Off-policy health", _grid(panels(plots.OFF_POLICY))),
-        _section("Optimisation", _grid(panels(plots.OPTIMISATION))),
-        _section("Throughput", _grid(throughput)),
-        _section("Samples", _samples(samples)),
-        _section(
+        section("Learning", grid(panels(plots.LEARNING))),
+        section("Held-out accuracy", _evaluation_table(evaluations)),
+        section("Off-policy health", grid(panels(plots.OFF_POLICY))),
+        section("Optimisation", grid(panels(plots.OPTIMISATION))),
+        section("Throughput", grid(throughput)),
+        section("Samples", _samples(samples)),
+        section(
             "Configuration",
             f"<details><summary>config.resolved.yaml</summary><pre>{escape(config_text)}</pre></details>",
         )
         if config_text
         else "",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_name(run_name, config))}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(_name(run_name, config), body)
 
 
 def _parsed(config_text: str) -> dict[str, Any]:
@@ -120,8 +114,7 @@ def _header(run_name: str, config: dict[str, Any], steps: Sequence[Record]) -> s
         ("model", _setting(config, "model", "path")),
         ("seed", config.get("seed")),
     ]
-    shown = "".join(f"<span><b>{k}</b> {escape(str(v))}</span>" for k, v in facts if v not in (None, ""))
-    return f'<header><h1>{escape(_name(run_name, config))}</h1><p class="facts">{shown}</p></header>'
+    return heading(_name(run_name, config), [(k, v) for k, v in facts if v not in (None, "")])
 
 
 LAYOUT = (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "EP"))
@@ -201,18 +194,6 @@ def _text(text: Any) -> str:
     text = "" if text is None else str(text)
     cut = len(text) - TEXT_SHOWN
     return escape(text) if cut <= 0 else f"{escape(text[:TEXT_SHOWN])}\n[... {cut} more characters]"
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
-
-
-def _figure(title: str, note: str, svg: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{svg}</figure>"
 
 
 def _score_names(evaluations: Sequence[Record]) -> list[str]:
