@@ -36,6 +36,7 @@ from megatron_vespo.objectives.lab import (
     disputes,
     join,
     length_edges,
+    parts_by_length,
     phi_curve,
     prepared,
     summarize,
@@ -136,7 +137,7 @@ def parameter_products(
         try:
             if weights.checkpoint is not None:
                 trainers.load(weights.checkpoint)
-            return [torch.from_numpy(trainers.gradient_products(m.samples, objectives)) for m in mini_batches]
+            return [torch.tensor(trainers.gradient_products(m.samples, objectives)) for m in mini_batches]
         finally:
             trainers.close()
 
@@ -204,6 +205,7 @@ def _part(batch: WeighedBatch, mini_batches: Sequence[MiniBatch]) -> Part:
         log_w_stale_rms=float(batch.log_w_stale.square().mean().sqrt()),
         log_w_engine_rms=float(batch.log_w_engine.square().mean().sqrt()),
         length_edges=length_edges(batch),
+        tokens_by_length=parts_by_length(batch, batch.lengths),
         objectives=summarize(batch),
         in_logprobs=angles(batch.products),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +120,8 @@ class Weights:
     """Updates behind them; None: not known."""
 
     def __str__(self) -> str:
-        return f"{self.checkpoint or self.config.model.path}, version {'unknown' if self.version is None else self.version}"
+        version = "unknown" if self.version is None else self.version
+        return f"{self.checkpoint or self.config.model.path}, version {version}"
 
 
 def find_weights(run_dir: Path, config: RunConfig, choice: str | None) -> Weights | str:
@@ -156,7 +156,8 @@ def _checked(config: RunConfig, checkpoint: Path | None) -> Weights:
     if checkpoint is None:
         return Weights(config, None, 0)
     try:
+        version = read_state(checkpoint)["version"]
         check_same_model(checkpoint, hf_config)
-        return Weights(config, checkpoint, read_state(checkpoint)["version"])
+        return Weights(config, checkpoint, version)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None

@@ -82,7 +82,7 @@ class Summary:
     top_tenth: float
     """Part of the sum of |g_t| that the tenth of the responses with the largest sums carries."""
     by_length: list[float]
-    """Parts of the sum of |g_t| that the shortest to the longest quarter of the responses carry (length_edges)."""
+    """Parts of the sum of |g_t| that the shortest to the longest quarter of the responses carry (parts_by_length)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,32 +143,44 @@ def loss_gradient(objective: ComposedObjective, inputs: ObjectiveInputs) -> torc
 def join(batches: Sequence[WeighedBatch]) -> WeighedBatch:
     """Several under the same objectives, end to end: the inner products of their gradients add up."""
 
-    def laid(name: str) -> torch.Tensor:
-        return torch.cat([getattr(batch, name) for batch in batches])
-
-    def laid_weighing(label: str, name: str) -> torch.Tensor:
-        return torch.cat([getattr(batch.weighings[label], name) for batch in batches])
+    def weighing(label: str) -> Weighing:
+        parts = [batch.weighings[label] for batch in batches]
+        return Weighing(
+            phi=torch.cat([part.phi for part in parts]),
+            coefficients=torch.cat([part.coefficients for part in parts]),
+            zeros=torch.cat([part.zeros for part in parts]),
+            pull=torch.cat([part.pull for part in parts]),
+        )
 
     return WeighedBatch(
-        *(laid(name) for name in ("advantages", "lengths", "log_w_stale", "log_w_engine")),
-        weighings={
-            label: Weighing(*(laid_weighing(label, name) for name in ("phi", "coefficients", "zeros", "pull")))
-            for label in batches[0].weighings
-        },
+        advantages=torch.cat([batch.advantages for batch in batches]),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        log_w_stale=torch.cat([batch.log_w_stale for batch in batches]),
+        log_w_engine=torch.cat([batch.log_w_engine for batch in batches]),
+        weighings={label: weighing(label) for label in batches[0].weighings},
         products=torch.stack([batch.products for batch in batches]).sum(0),
     )
 
 
 def length_edges(batch: WeighedBatch) -> list[float]:
-    """The quartiles of the lengths of the counted responses: a response of just that length is in the lower group."""
+    """The quartiles of the lengths of the counted responses; NaN where there is none."""
     lengths = batch.lengths[batch.counted]
     return torch.quantile(lengths, lengths.new_tensor([0.25, 0.5, 0.75])).tolist() if len(lengths) else [math.nan] * 3
 
 
-def summarize(batch: WeighedBatch) -> dict[str, Summary]:
-    """Label -> what the objective does with the batch."""
+def parts_by_length(batch: WeighedBatch, values: torch.Tensor) -> list[float]:
+    """What part of the sum of ``values`` [S] the shortest to the longest quarter of the counted responses have.
+
+    A response as long as a quartile is in the quarter below it, so that quarters of few different lengths are uneven.
+    """
     edges = torch.tensor(length_edges(batch), dtype=torch.float64)
     group = torch.bucketize(batch.lengths[batch.counted], edges)
+    counted = values[batch.counted]
+    return [_ratio(counted[group == i].sum(), counted.sum()) for i in range(4)]
+
+
+def summarize(batch: WeighedBatch) -> dict[str, Summary]:
+    """Label -> what the objective does with the batch."""
     positive, negative = batch.counted & (batch.advantages > 0), batch.counted & (batch.advantages < 0)
     tenth = math.ceil(int(batch.counted.sum()) / 10)
 
@@ -183,14 +195,16 @@ def summarize(batch: WeighedBatch) -> dict[str, Summary]:
             return _ratio(of[among].sum(), among.sum())
 
         return Summary(
-            *(coefficient(among) for among in (batch.counted, positive, negative)),
+            coefficient=coefficient(batch.counted),
+            coefficient_positive=coefficient(positive),
+            coefficient_negative=coefficient(negative),
             zero_tokens=_ratio(weighing.zeros[batch.counted].sum(), batch.lengths[batch.counted].sum()),
             thrown_away=share(dead, batch.counted),
             thrown_away_positive=share(dead, positive),
             thrown_away_negative=share(dead, negative),
             ess=_ratio(phi.sum() ** 2, len(phi) * (phi * phi).sum()),
             top_tenth=_ratio(pull.sort(descending=True).values[:tenth].sum(), pull.sum()),
-            by_length=[_ratio(pull[group == i].sum(), pull.sum()) for i in range(4)],
+            by_length=parts_by_length(batch, weighing.pull),
         )
 
     return {label: summary(weighing) for label, weighing in batch.weighings.items()}

@@ -33,6 +33,8 @@ class Part:
     log_w_engine_rms: float
     length_edges: list[float]
     """Quartiles of the lengths of the counted responses, in tokens."""
+    tokens_by_length: list[float]
+    """Parts of their tokens that the shortest to the longest quarter have."""
     objectives: dict[str, Summary]
     in_logprobs: Angles
     """Of the gradients with respect to the log-probs of the tokens."""

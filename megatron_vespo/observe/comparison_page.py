@@ -8,35 +8,38 @@ from html import escape
 
 from megatron_vespo.objectives.budget import DEAD
 from megatron_vespo.objectives.lab import Angles
-from megatron_vespo.observe import comparison_plots as plots
 from megatron_vespo.observe.comparison import Comparison, Response
-from megatron_vespo.observe.comparison_tables import compact, number, share
+from megatron_vespo.observe.comparison_plots import draw_by_length, draw_phi, draw_thrown_away
+from megatron_vespo.observe.comparison_tables import SUMMARY_COLUMNS, compact, number, share
 from megatron_vespo.observe.page import document, figure, grid, heading, section
 
 TEXT_SHOWN = 1200
 """Characters of a disputed response."""
+PHI = (
+    "What a response counts, 1 being on policy. A point is a response; the line is one of median length whose log W "
+    "lies evenly on its tokens. A sequence-level objective has every point on its line. What lies beyond the frame is "
+    "drawn on its edge."
+)
 DEEPEST = 60
 """Per cent of the colour in a cell of value 1: the text on it stays readable."""
 
 
 def render(comparison: Comparison) -> str:
     title = f"{comparison.run}: objectives compared"
-    phi = "A point is a response; the line, one of median length whose log W lies evenly on its tokens. "
-    phi += "A sequence-level objective puts every point on its line. What lies beyond the frame is drawn on its edge."
-    thrown = f"Responses with |phi| < {DEAD} of what they would count on policy."
-    length = (
-        "What part of the gradient's weight, the sum of |g| over tokens, responses of each quarter of the lengths have."
-    )
     bars = [
-        figure("Thrown away", thrown, plots.draw_thrown_away(comparison)),
-        figure("Weight by length", length, plots.draw_by_length(comparison)),
+        figure("Thrown away", f"Responses that count less than {DEAD} of one on policy.", draw_thrown_away(comparison)),
+        figure(
+            "Weight by length",
+            "Parts of the gradient's weight, the sum of |g| over tokens, by length. Dashed: parts of the tokens.",
+            draw_by_length(comparison),
+        ),
     ]
     return document(
         title,
         [
             heading(title, comparison.facts()),
             section("Side by side", _summary(comparison)),
-            section("phi over log W", figure("", phi, plots.draw_phi(comparison))),
+            section("phi over log W", f"<figure>{note(PHI)}{draw_phi(comparison)}</figure>"),
             section("Who counts", grid(bars)),
             section("Thrown away, mini-batch by mini-batch", _by_mini_batch(comparison)),
             section("Which way they point", _angles(comparison)),
@@ -45,24 +48,14 @@ def render(comparison: Comparison) -> str:
     )
 
 
-SUMMARY_COLUMNS = (
-    ("mean c, A > 0", "coefficient_positive", number),
-    ("mean c, A < 0", "coefficient_negative", number),
-    ("tokens with c = 0", "zero_tokens", share),
-    ("thrown away, A > 0", "thrown_away_positive", share),
-    ("thrown away, A < 0", "thrown_away_negative", share),
-    ("ESS of phi", "ess", number),
-    ("top tenth carries", "top_tenth", share),
-)
-
-
 def _summary(comparison: Comparison) -> str:
     whole = comparison.whole
     spaces = [("log-probs", whole.in_logprobs)]
     if whole.in_parameters is not None:
         spaces.append(("parameters", whole.in_parameters))
     heads = [title for title, _, _ in SUMMARY_COLUMNS]
-    heads += [f"{what} in {name}" for name, _ in spaces for what in ("norm", f"cosine to {comparison.reference}")]
+    for name, _ in spaces:
+        heads += [f"{name}:\nnorm", f"{name}: cosine\nto {comparison.reference}"]
     reference = comparison.labels.index(comparison.reference)
     rows = []
     for i, (label, found) in enumerate(whole.objectives.items()):
@@ -77,13 +70,13 @@ def _by_mini_batch(comparison: Comparison) -> str:
     parts = comparison.mini_batches
     if len(parts) < 2:
         return ""
-    heads = [f"version {part.versions[0]}<br>{part.staleness:.1f} stale" for part in parts]
+    heads = [f"version {part.versions[0]}\n{part.staleness:.1f} stale" for part in parts]
     rows = []
     for label in comparison.labels:
         values = [part.objectives[label].thrown_away for part in parts]
         rows.append(_row(_label(comparison, label), "".join(_heat(value, share(value)) for value in values)))
-    note = "Share of the responses of each update, by the version that it began from and how stale its tokens were."
-    return f'<p class="note">{note}</p>' + _table(heads, rows, escaped=True)
+    about = "Share of the responses of each update, by the version that it began from and how stale its tokens were."
+    return note(about) + _table(heads, rows)
 
 
 def _angles(comparison: Comparison) -> str:
@@ -135,6 +128,10 @@ def _response(response: Response) -> str:
     )
 
 
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
 def _label(comparison: Comparison, label: str) -> str:
     return f"<b>{escape(label)}</b>" if label == comparison.own else escape(label)
 
@@ -150,8 +147,8 @@ def _row(head: str, cells: str) -> str:
     return f"<tr><th>{head}</th>{cells}</tr>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[str], *, kind: str = "", escaped: bool = False) -> str:
-    cells = "".join(f"<th><span>{head if escaped else escape(head)}</span></th>" for head in heads)
+def _table(heads: Sequence[str], rows: Sequence[str], *, kind: str = "") -> str:
+    cells = "".join(f"<th><span>{escape(head)}</span></th>" for head in heads)
     return (
         f'<div class="scroll whole {kind}"><table><thead><tr><th></th>{cells}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"

@@ -15,7 +15,7 @@ from megatron_vespo.observe.comparison import Comparison, Response
 from megatron_vespo.observe.plots import INK, SERIES, STYLE, legend, svg_text
 
 POSITIVE, NEGATIVE = SERIES[0], SERIES[1]
-COLUMNS = 4
+COLUMNS = 5
 POINTS_SHOWN = 300
 """Of each sign in each small plot: spread evenly over log W, both ends among them."""
 PHI_SHOWN = (-0.15, 2.5)
@@ -87,17 +87,22 @@ def draw_thrown_away(comparison: Comparison) -> str:
 
 
 def draw_by_length(comparison: Comparison) -> str:
-    """Parts of the gradient weight by length, a stacked bar an objective."""
+    """Parts of the gradient's weight by length, a stacked bar an objective; dashed: the same of the tokens."""
     whole = comparison.whole
     edges = [math.floor(edge) for edge in whole.length_edges if edge == edge] or [0, 0, 0]
-    names = [f"≤ {edges[0]}", f"{edges[0] + 1} to {edges[1]}", f"{edges[1] + 1} to {edges[2]}", f"> {edges[2]} tokens"]
+    lows = [1, *(edge + 1 for edge in edges)]
     with matplotlib.rc_context(STYLE):
         figure, axes, y = _rows(comparison.labels)
         left = np.zeros(len(y))
-        for i, name in enumerate(names):
+        for i, low in enumerate(lows):
+            if whole.tokens_by_length[i] == 0:  # lengths that many share leave a quarter without any
+                continue
+            name = f"{low} to {edges[i]}" if i < 3 else f"{low} tokens or more"
             parts = np.nan_to_num([s.by_length[i] for s in whole.objectives.values()])
             axes.barh(y, parts, left=left, height=0.7, color=SERIES[2], alpha=0.25 + 0.25 * i, linewidth=0, label=name)
             left = left + parts
+        for at in np.cumsum(whole.tokens_by_length)[:-1]:
+            axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         legend(figure, axes)

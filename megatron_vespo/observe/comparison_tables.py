@@ -27,6 +27,18 @@ def compact(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
+SUMMARY_COLUMNS = (
+    ("mean c\nA > 0", "coefficient_positive", number),
+    ("mean c\nA < 0", "coefficient_negative", number),
+    ("tokens\nc = 0", "zero_tokens", share),
+    ("thrown away\nA > 0", "thrown_away_positive", share),
+    ("thrown away\nA < 0", "thrown_away_negative", share),
+    ("ESS\nof phi", "ess", number),
+    ("top tenth\ncarries", "top_tenth", share),
+)
+"""(head, field of Summary, how it is written), here and on the page."""
+
+
 def print_summary(comparison: Comparison, console: Console) -> None:
     """The facts, a line an objective, and the responses that the objectives agree about least."""
     console.print(Text(f"{comparison.run} ({comparison.directory})", style="bold"))
@@ -34,22 +46,15 @@ def print_summary(comparison: Comparison, console: Console) -> None:
         console.print(Text.assemble((f"  {name:<14}", "cyan"), value), soft_wrap=True)
     table = Table(title="From the log-probs, over all mini-batches", title_justify="left", caption_justify="left")
     table.add_column("objective", no_wrap=True)
-    for head in ("mean c\nA > 0", "\nA < 0", "c = 0\ntokens", "thrown away\nA > 0", "\nA < 0", "ESS\nof phi"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for head in ("top tenth\ncarries", "norm of\ngradient", f"cosine to\n{comparison.reference}"):
+    heads = [head for head, _, _ in SUMMARY_COLUMNS] + ["norm of\ngradient", f"cosine to\n{comparison.reference}"]
+    for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     whole = comparison.whole
     reference = comparison.labels.index(comparison.reference)
     for i, (label, found) in enumerate(whole.objectives.items()):
         table.add_row(
             Text(label, style="bold" if label == comparison.own else ""),
-            number(found.coefficient_positive),
-            number(found.coefficient_negative),
-            share(found.zero_tokens),
-            share(found.thrown_away_positive),
-            share(found.thrown_away_negative),
-            number(found.ess),
-            share(found.top_tenth),
+            *(form(getattr(found, field)) for _, field, form in SUMMARY_COLUMNS),
             compact(whole.in_logprobs.norms[i]),
             number(whole.in_logprobs.cosines[i][reference], "+.4f"),
         )
