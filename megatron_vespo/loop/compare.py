@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
@@ -77,10 +78,10 @@ def compare(
     print_summary(comparison, console)
     page = write_comparison(comparison, run_dir / "compare")
     if not isinstance(weights, Weights):
-        console.print(f"No gradients in the space of the parameters: {weights}", highlight=False, soft_wrap=True)
+        console.print(Text(f"No gradients in the space of the parameters: {weights}"), soft_wrap=True)
         return page
 
-    console.print(f"Gradients in the space of the parameters, at {weights} ...", highlight=False, soft_wrap=True)
+    console.print(Text(f"Gradients in the space of the parameters, at {weights} ..."), soft_wrap=True)
     products = parameter_products(weights, run_dir / "compare" / "logs", mini_batches, list(built.values()))
     comparison = with_parameter_space(comparison, weights, mini_batches, products)
     print_gradients(comparison, console)
@@ -108,15 +109,19 @@ def build_objectives(config: RunConfig, wanted: Sequence[str]) -> dict[str, Comp
             built[label] = objective_of(config.model_copy(update={"objective": settings}))
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        except TypeError as error:  # a parameter's check compared what cannot be compared
+            raise ConfigError(f"--objectives {label}: {error}") from None
     return built
 
 
 def parse_objective(text: str) -> tuple[str, ObjectiveConfig]:
     """``vespo:c_pos=[2,3],length_power=1.0`` -> (its label, name and parameters). Raises ConfigError."""
-    name, _, rest = text.partition(":")
+    name, colon, rest = text.partition(":")
     # A comma inside a value, as in [2,3], is not followed by another parameter's name.
-    params = dict(parse_override(part) for part in re.split(r",(?=\w+=)", rest)) if rest else {}
-    objective = ObjectiveConfig(name=name, params=params)
+    parts = re.split(r",(?=\w+=)", rest) if colon else []
+    if not all("=" in part for part in parts):
+        raise ConfigError(f"--objectives {text}: after the colon come parameters, such as vespo:length_power=1.0")
+    objective = ObjectiveConfig(name=name, params=dict(parse_override(part) for part in parts))
     return label_of(objective), objective
 
 

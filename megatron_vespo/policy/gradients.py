@@ -70,8 +70,8 @@ def owned_gradients(chunk: DistributedDataParallel) -> Iterator[torch.Tensor]:
             size = bucket.grad_data.numel()
             first, end = (bucket.offset + size * rank // group.size() for rank in (group.rank(), group.rank() + 1))
             for parameter in bucket.params_list:
-                # An expert's copies are all in the buffer's group, tensor-parallel ranks included; and Transformer Engine
-                # does not mark its shards as tensor-parallel.
+                # An expert's copies are all in the buffer's group, tensor-parallel ranks included (and Transformer
+                # Engine does not mark its shards as tensor-parallel).
                 if not (of_experts or param_is_not_tensor_parallel_duplicate(parameter, layout.tp_group())):
                     continue
                 start, stop, _ = buffer.param_index_map[parameter]
