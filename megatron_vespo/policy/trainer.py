@@ -18,7 +18,9 @@ from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
@@ -81,11 +83,7 @@ class PolicyTrainer:
 
     def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
         """One optimizer update on ``samples`` (advantages set)."""
-        # Of what counts; at least 1, so that a mini-batch in which nothing does gives a gradient of zero.
-        totals = {
-            "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
-            "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
-        }
+        totals = _totals(samples)
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
         objective = self.objective
@@ -126,6 +124,11 @@ class PolicyTrainer:
         batches = self._batches(samples)
         shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
         return self._by_sample(samples, batches, shards)
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the gradients that ``objectives`` have on the mini-batch ``samples``."""
+        head = self._head(self.config.rollout.temperature)
+        return gradient_products(objectives, self.chunks, self._batches(samples), head, _totals(samples)).numpy()
 
     def _by_sample(
         self, samples: Sequence[Sample], batches: Sequence[PackedBatch], shards: Sequence[torch.Tensor]
@@ -191,3 +194,11 @@ class PolicyTrainer:
     def load(self, folder: Path) -> None:
         checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
+
+
+def _totals(samples: Sequence[Sample]) -> dict[str, float]:
+    """The denominators of a mini-batch, of what counts; at least 1, so that where nothing does the gradient is zero."""
+    return {
+        "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
+        "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
+    }
