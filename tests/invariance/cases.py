@@ -64,13 +64,13 @@ SPLITS: dict[str, dict[str, Split]] = {
     "dense": {
         "1 rank": Split(1, {}),
         "DP2": Split(2, {}),
-        "DP2 dist. opt.": Split(2, {}, distributed_optimizer=True),
+        "DP2 DO": Split(2, {}, distributed_optimizer=True),
         "CP2": Split(2, dict(context=2)),
         "TP2": Split(2, dict(tensor=2)),
         "TP2 SP": Split(2, dict(tensor=2, sequence=True)),
         "PP2": Split(2, dict(pipeline=2)),
         "PP2 VPP2": Split(2, dict(pipeline=2, virtual_pipeline=2)),
-        "DP2 CP2 dist. opt.": Split(4, dict(context=2), distributed_optimizer=True),
+        "DP2 CP2 DO": Split(4, dict(context=2), distributed_optimizer=True),
         "TP2 PP2": Split(4, dict(tensor=2, pipeline=2)),
         "TP2 SP CP2": Split(4, dict(tensor=2, sequence=True, context=2)),
         "DP2 PP2 VPP2": Split(4, dict(pipeline=2, virtual_pipeline=2)),
@@ -80,7 +80,7 @@ SPLITS: dict[str, dict[str, Split]] = {
         "1 rank": Split(1, {}),
         "DP2": Split(2, {}),
         "EP2": Split(2, dict(expert=2)),
-        "EP2 dist. opt.": Split(2, dict(expert=2), distributed_optimizer=True),
+        "EP2 DO": Split(2, dict(expert=2), distributed_optimizer=True),
         "ETP2": Split(2, dict(expert_tensor=2)),
         "CP2": Split(2, dict(context=2)),
         "CP2 EP2": Split(2, dict(context=2, expert=2)),
@@ -89,12 +89,36 @@ SPLITS: dict[str, dict[str, Split]] = {
         "TP2 SP ETP2": Split(2, dict(tensor=2, sequence=True, expert_tensor=2)),
         "PP2": Split(2, dict(pipeline=2)),
         "PP2 VPP2": Split(2, dict(pipeline=2, virtual_pipeline=2)),
-        "EP4 dist. opt.": Split(4, dict(expert=4), distributed_optimizer=True),
+        "EP4 DO": Split(4, dict(expert=4), distributed_optimizer=True),
         "DP2 CP2 EP2": Split(4, dict(context=2, expert=2)),
         "TP2 SP PP2 EP2": Split(4, dict(tensor=2, sequence=True, pipeline=2, expert=2)),
-        "TP2 SP ETP2 EP2 dist. opt.": Split(
+        "TP2 SP ETP2 EP2 DO": Split(
             4, dict(tensor=2, sequence=True, expert_tensor=2, expert=2), distributed_optimizer=True
         ),
     },
 }
-"""DP is what is left of the ranks; of an moe's, EP takes a part. SP is sequence parallelism."""
+"""What is left of the ranks is DP, of which EP takes a part. DO: distributed optimizer; SP: sequence parallelism."""
+
+Work = dict[tuple[str, str], list[tuple[Cell, Packing]]]
+"""(kind, name of the split) -> its forward and backward passes."""
+
+
+def whole_matrix() -> Work:
+    """Every cell in every packing under every split."""
+    return {(kind, name): list(product(CELLS, PACKINGS)) for kind in KINDS for name in SPLITS[kind]}
+
+
+def fast_subset() -> Work:
+    """Every objective once under every split of two ranks, and one correction; aggregations and packings take turns."""
+    turns = list(product(PACKINGS, AGGREGATIONS))
+    work: Work = {}
+    small = [(kind, name) for kind in KINDS for name, split in SPLITS[kind].items() if split.ranks <= 2]
+    for key in small:
+        first = len(work) * (len(OBJECTIVE_CASES) + 1)
+        passes = []
+        for i, objective in enumerate(OBJECTIVE_CASES):
+            packing, aggregation = turns[(first + i) % len(turns)]
+            passes.append((Cell(objective, aggregation), packing))
+        passes.append((CORRECTION_CELLS[len(work) % len(CORRECTION_CELLS)], PACKINGS[len(work) % len(PACKINGS)]))
+        work[key] = passes
+    return work

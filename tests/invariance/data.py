@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from invariance.cases import TEMPERATURE, Cell
 from objective_data import Response, build_case, merged_sums, pack, ready
 from objective_formulas import reference_scale, reference_sums
 from tiny_models import megatron_tensors, tiny_config, tiny_hf_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from invariance.cases import TEMPERATURE, Cell
 from megatron_vespo.samples.records import Prompt, Sample
 
 
@@ -148,8 +148,7 @@ class Reference:
 
     def expected(self, cell: Cell) -> Expected:
         leaf = torch.cat(self.logprobs)
-        sums = reference_sums(cell.objective, cell.correction, self.responses, leaf)
-        shares = [reference_scale(cell.aggregation, self.responses[i], self.responses) * x for i, x in sums.items()]
+        shares = self.shares(cell, leaf)
         loss = torch.stack(shares).sum()
         names, parameters = zip(*self.model.named_parameters(), strict=True)
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -159,6 +158,11 @@ class Reference:
             gradients=megatron_tensors(self.config, dict(zip(names, gradients, strict=True))),
             metrics=self.metrics(cell, leaf.detach()),
         )
+
+    def shares(self, cell: Cell, logprobs: torch.Tensor) -> list[torch.Tensor]:
+        """What each response with a counted token adds to the loss. logprobs: of all responses, end to end."""
+        sums = reference_sums(cell.objective, cell.correction, self.responses, logprobs)
+        return [reference_scale(cell.aggregation, self.responses[i], self.responses) * x for i, x in sums.items()]
 
     def metrics(self, cell: Cell, logprobs: torch.Tensor) -> dict[str, tuple[float, float]]:
         inputs = pack(self.responses, self.responses, logprobs)

@@ -1,19 +1,19 @@
-"""What each rank does: every cell's own forward and backward pass under one split, and how far it is from the reference."""
+"""What each rank does: every cell's own forward and backward pass under a split, and its distance to the reference."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from invariance.cases import TEMPERATURE, Cell, Packing, Split
-from invariance.data import Expected, model_config
 from objective_data import build_case
 
+from invariance.cases import SPLITS, TEMPERATURE, Cell, Packing, Split, Work
+from invariance.data import Expected, model_config
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig, OptimizerConfig
 from megatron_vespo.policy.layout import ParallelLayout
@@ -25,8 +25,8 @@ MODEL = ModelConfig(path=Path("unused"), dtype="float32", layer_spec="local")
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Relative to the tensor's largest value (a gradient), to the sum of the responses' absolute shares (a loss), to the
-    value or its denominator, whichever is larger (a metric)."""
+    """Relative to the tensor's largest value (a gradient), to the sum of the responses' absolute shares (a loss), or to
+    the value or its denominator, whichever is larger (a metric)."""
 
     relative: float = -1.0
     where: str = ""
@@ -57,20 +57,27 @@ class Findings:
         self.passes = max(self.passes, other.passes)
 
 
-def run_splits(
-    kind: str, splits: dict[str, Split], work: dict[str, list[tuple[Cell, Packing]]], reference: Path
-) -> dict[str, Findings]:
-    """Split -> what this rank found. work: the cells of each split, and how each is packed; reference: a file with
-    (samples, {cell: Expected})."""
+def run_splits(work: Work, references: Path) -> dict[tuple[str, str], Findings]:
+    """What this rank found under each split; references: the folder that matrix.py wrote."""
     platform.current().prepare_megatron(1)
-    samples, expected = torch.load(reference, weights_only=False, mmap=True)
-    return {name: run_split(kind, split, work[name], samples, expected) for name, split in splits.items()}
+    found = {}
+    for (kind, name), passes in work.items():
+        samples, expected = torch.load(references / f"{kind}.pt", weights_only=False, mmap=True)
+        start = time.perf_counter()
+        try:
+            found[kind, name] = run_split(kind, SPLITS[kind][name], passes, samples, expected)
+        except BaseException as error:
+            error.add_note(f"in the split {kind} {name!r}")
+            raise
+        if dist.get_rank() == 0:
+            print(f"{kind} {name}: {len(passes)} passes, {time.perf_counter() - start:.0f} s", flush=True)
+    return found
 
 
 def run_split(
     kind: str,
     split: Split,
-    work: Sequence[tuple[Cell, Packing]],
+    passes: Sequence[tuple[Cell, Packing]],
     samples: list[Sample],
     expected: dict[Cell, Expected],
 ) -> Findings:
@@ -78,17 +85,14 @@ def run_split(
 
     layout = ParallelLayout(world_size=dist.get_world_size(), **split.layout)
     ranks.initialize(layout, seed=1)
-    try:
-        policy = Policy(kind, layout, split.distributed_optimizer, samples)
-        findings = Findings()
-        for cell, packing in work:
-            metrics = policy.gradient_pass(cell, packing)
-            findings.add(policy.compare(cell, packing, metrics, expected[cell]))
-        findings.passes = len(work)
-        findings.norm = policy.norm_error(*work[0], expected[work[0][0]])
-        return findings
-    finally:
-        ranks.destroy()
+    policy = Policy(kind, layout, split.distributed_optimizer, samples)
+    findings = Findings(passes=len(passes))
+    for cell, packing in passes:
+        metrics = policy.gradient_pass(cell, packing)
+        findings.add(policy.compare(cell, packing, metrics, expected[cell]))
+    findings.norm = policy.norm_error(*passes[0], expected[passes[0][0]])
+    ranks.destroy()
+    return findings
 
 
 class Policy:
@@ -205,9 +209,7 @@ def worse(a: Error, b: Error) -> Error:
     return a if a.relative >= b.relative or a.relative != a.relative else b
 
 
-def metric_error(
-    found: dict[str, tuple[float, float]], expected: dict[str, tuple[float, float]], at: str
-) -> Error:
+def metric_error(found: dict[str, tuple[float, float]], expected: dict[str, tuple[float, float]], at: str) -> Error:
     """Denominators are counts, and must be equal."""
     if found.keys() != expected.keys():
         return Error(float("inf"), f"metrics {sorted(found.keys() ^ expected.keys())}: {at}")
