@@ -178,3 +178,37 @@ def test_bad_input_is_refused_before_anything_starts(
     err = capsys.readouterr().err
     assert code == 2 and expected in err and "Traceback" not in err
     assert not processes_about(str(folder))
+
+
+def calculator(episode: Any) -> None:
+    """A tool that speaks after each eight tokens; for rollout.function."""
+    while episode.room >= 8:
+        episode.sample(max_tokens=8)
+        episode.append(episode.tokenizer.encode("1+1=2"))
+
+
+def test_tools_dynamic_sampling_and_overlong_filtering_together(tmp_path: Path) -> None:
+    config = make_run(
+        tmp_path,
+        train={"steps": 2, "mask_truncated": True},
+        rollout={"function": "test_train_run.calculator", "dynamic_sampling": True, "max_response_tokens": 24},
+        reward={"overlong_buffer": 8, "overlong_penalty": 0.5},
+        sync={"probe_tolerance": None},
+    )
+    code, out, err = train(config)
+    assert code == 0, out + err
+    for record in steps(tmp_path):
+        assert record["dynamic_sampling/groups_asked"] >= 8 and record["grad_norm"] >= 0
+        assert record["rollout_logprob_diff"] < 1e-5  # of the policy's tokens alone
+    for sample in read_batch(batch_file(tmp_path / "run" / "rollouts", 2)):
+        penalty = 0.5 * max(0, len(sample.response_tokens) - 16) / 8
+        assert sample.grade - sample.reward == pytest.approx(penalty)
+        if sample.finish_reason == "length":
+            assert not sample.loss_mask.any()
+        else:
+            assert 0 < sample.loss_mask.sum() < len(sample.loss_mask)
+
+
+def test_a_rollout_function_that_does_not_exist_is_refused_at_once(tmp_path: Path) -> None:
+    code, _, err = train(make_run(tmp_path), "rollout.function=nowhere.play")
+    assert code == 2 and "rollout.function='nowhere.play'" in err and "Traceback" not in err

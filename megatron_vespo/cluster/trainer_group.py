@@ -18,6 +18,7 @@ from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable, stacked
 
@@ -121,6 +122,10 @@ class TrainerGroup:
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
         return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the objectives' gradients on a mini-batch, over all parameters."""
+        return self._all("gradient_products", ray.put(list(samples)), list(objectives))[0]
 
     def publish(self, folder: Path, version: int) -> Path:
         """Write the current weights for the engines; returns the folder to load."""
