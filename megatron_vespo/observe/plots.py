@@ -41,6 +41,7 @@ class Fan:
     note: str
     quantity: str
     """Record keys are ``<quantity>/p05`` and so on."""
+    color: str
 
 
 def parts(quantity: str, label: str) -> tuple[tuple[str, str], ...]:
@@ -91,11 +92,11 @@ OFF_POLICY = (
 WEIGHTS = (
     Fan(
         *("log W, stale", "log π − log π_old summed over a response: quantiles over the responses of a step."),
-        "health/log_w_stale",
+        *("health/log_w_stale", SERIES[1]),
     ),
     Fan(
         *("log W, engine", "log π_old − log μ summed over a response: the engine's mismatch, mind the scale."),
-        "health/log_w_engine",
+        *("health/log_w_engine", SERIES[2]),
     ),
     Panel(
         *("Effective sample size", "(Σx)² / (n Σx²) of W, of its two factors and of φ: the share that still counts."),
@@ -171,11 +172,11 @@ def draw_fan(fan: Fan, steps: Sequence[Record]) -> str | None:
     with styled():
         figure, axes = new_figure()
         for y in (curves[0], curves[-1]) if smoothing(x) else ():
-            axes.plot(x, y, color=SERIES[0], linewidth=0.6, alpha=0.4)  # so that smoothing hides no step gone wrong
+            axes.plot(x, y, color=fan.color, linewidth=0.6, alpha=0.4)  # so that smoothing hides no step gone wrong
         low, lower, middle, upper, high = (smooth(y, smoothing(x)) for y in curves)
-        axes.fill_between(x, low, high, color=SERIES[0], alpha=0.18, linewidth=0, label="5–95 %")
-        axes.fill_between(x, lower, upper, color=SERIES[0], alpha=0.35, linewidth=0, label="25–75 %")
-        axes.plot(x, middle, color=SERIES[0], label="median")
+        axes.fill_between(x, low, high, color=fan.color, alpha=0.18, linewidth=0, label="5–95 %")
+        axes.fill_between(x, lower, upper, color=fan.color, alpha=0.35, linewidth=0, label="25–75 %")
+        axes.plot(x, middle, color=fan.color, label="median")
         axes.axhline(0.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         add_legend(figure, axes)
         return to_svg(figure)

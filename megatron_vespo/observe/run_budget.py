@@ -180,11 +180,11 @@ def run_budget_table(run_dir: Path, name: str, params: Mapping[str, Any], length
         assert row.signs is not None
         count = f"{row.responses or 'none':>10}"
         label = f"{span_text(row):>11}{count}" if row.source == "normal" else " " * 21
-        log_w = f"{row.mean:.3g} ± {row.deviation:.3g}"
+        log_w = f"{row.mean:.2g} ± {row.deviation:.2g}"
         lines.append(f"{label}{row.source:>10}{log_w:>20}{table_cells(*row.signs)}")
         if row.sign_ends and row.deviation_ends:
             ends = zip(("from", "to"), row.deviation_ends, *row.sign_ends, strict=True)
-            lines += [f"{word:>31}{f'± {s:.3g}':>20}{table_cells(*signs)}" for word, s, *signs in ends]
+            lines += [f"{word:>31}{f'± {s:.2g}':>20}{table_cells(*signs)}" for word, s, *signs in ends]
     return "\n".join(lines)
 
 
