@@ -14,6 +14,7 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout.precision import refusal
 
 GIB = 1 << 30
 
@@ -48,8 +49,10 @@ class Plan:
 
 
 def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
-    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists absent files instead."""
+    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists what this machine lacks instead."""
     missing = _absent_files(config)
+    if not config.rollout.urls and (reason := refusal(config.rollout.engine, config.rollout.precision)):
+        missing.append(reason)
     if missing and not dry_run:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
