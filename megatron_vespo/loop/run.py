@@ -24,6 +24,7 @@ from megatron_vespo.observe.progress import RunProgress, accuracy_lines
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
+from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
 from megatron_vespo.rewards import build_reward
@@ -33,6 +34,7 @@ from megatron_vespo.rollout.sampling import sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
+from megatron_vespo.samples.weight_table import WeightTable, stacked
 
 PROBE_SEQUENCES = 4
 
@@ -58,6 +60,8 @@ class Run:
     step: int = 0
     version: int = 0
     metrics: MetricSums = field(default_factory=MetricSums)
+    weights: list[WeightTable] = field(default_factory=list)
+    """Of the updates since the last record."""
     probe: list[Sample] = field(default_factory=list)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -123,11 +127,12 @@ class Run:
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
-        metrics, logprobs = self.trainers.train_mini_batch(mini_batch)
+        metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
         for name, (total, denominator) in metrics.items():
             self.metrics.add(name, total, denominator)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
             sample.train_logprobs, sample.trained_version = trained, self.version
+        self.weights.append(weights)
         lag = self.version - np.concatenate([s.weight_versions for s in mini_batch])
         self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
         self.metrics.add_maximum("staleness_max", float(lag.max(initial=0)))
@@ -172,9 +177,10 @@ class Run:
             "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
             "tokens_per_s": sum(s.length for s in samples) / sum(seconds.values()),
             **self.metrics.means(),
+            **health_metrics(stacked(self.weights)),
             "seconds": seconds,
         }
-        self.metrics = MetricSums()
+        self.metrics, self.weights = MetricSums(), []
         self.writer.write(record)
         self.writer.write_samples(self.step, samples[: self.config.log.samples_per_step])
         if self.config.log.rollouts_kept:

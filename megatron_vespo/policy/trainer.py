@@ -23,6 +23,7 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
+from megatron_vespo.policy.response_weights import weigh
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -33,6 +34,7 @@ from megatron_vespo.policy.step import (
 )
 from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.save import save_hf_folder
@@ -47,6 +49,8 @@ class UpdateResult:
     """Of the whole mini-batch on the last pipeline stage, else {}."""
     logprobs: dict[int, np.ndarray]
     """Position in the mini-batch -> [response] float32 log pi, as this update saw it; each sample by one rank."""
+    weights: WeightTable
+    """Sequence weights of the same samples, in the same order."""
 
 
 class PolicyTrainer:
@@ -104,7 +108,9 @@ class PolicyTrainer:
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
             }
-        return UpdateResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
+        logprobs = self._by_sample(samples, batches, [report.logprobs for report in reports])
+        weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
+        return UpdateResult(metrics, logprobs, weights)
 
     @torch.no_grad()
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
