@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic_run import sample, step_record, write_run
 
-from megatron_vespo.observe.plots import LEARNING, OFF_POLICY, OPTIMISATION, THROUGHPUT, smooth
+from megatron_vespo.observe.plots import LEARNING, MISMATCH, OFF_POLICY, OPTIMISATION, THROUGHPUT, smooth
 from megatron_vespo.observe.report import ReportError, duration, write_report
 from megatron_vespo.observe.writer import RunWriter
 
@@ -53,7 +53,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_plot_is_there(report: str) -> None:
-    panels = [panel for group in (LEARNING, OFF_POLICY, OPTIMISATION, THROUGHPUT) for panel in group]
+    panels = [panel for group in (LEARNING, OFF_POLICY, MISMATCH, OPTIMISATION, THROUGHPUT) for panel in group]
     expected = [panel.title for panel in panels if not panel.only_if_varying] + ["Time by phase"]
     assert re.findall(r"<figcaption><b>(.*?)</b>", report) == expected
     page = Page(report)
