@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_run import CONFIG, write_run
 
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.mismatch import (
@@ -16,7 +18,9 @@ from megatron_vespo.observe.mismatch import (
     differences,
     mismatch_metrics,
 )
+from megatron_vespo.observe.report import write_report
 from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.store import batch_file, read_newest, write_batch
 
 
 def make_sample(rng: np.random.Generator, length: int, *, masked: bool = False, old: bool = True) -> Sample:
@@ -135,3 +139,30 @@ def test_the_probe_is_summed_over_engines_and_a_nan_is_no_agreement() -> None:
     expected = (2 * (math.exp(0.1) - 1.1) + math.exp(-0.4) - 0.6) / 4
     assert means["sync_probe_k3"] == pytest.approx(expected)
     assert math.isnan(add_probe(MetricSums(), np.array([0.1, math.nan, 0.2])))
+
+
+def test_the_report_shows_the_mismatch_of_the_stored_rollouts(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=3)
+    (tmp_path / "config.resolved.yaml").write_text(
+        CONFIG.replace("engine: reference", "engine: reference, precision: fp8")
+    )
+    rng = np.random.default_rng(2)
+    batches = {step: [make_sample(rng, 12 + 30 * i) for i in range(4)] for step in (2, 3)}
+    for step, batch in batches.items():
+        write_batch(batch_file(tmp_path / "rollouts", step), batch)
+    page = write_report(tmp_path).read_text()
+    assert "<h2>Train-inference mismatch: reference engine in fp8, trainer in float32</h2>" in page
+    assert "<span><b>precision</b> fp8</span>" in page
+    found = differences(sample for batch in batches.values() for sample in batch)
+    assert f"Over {len(found.values)} tokens of 8 responses, steps 2–3." in page
+    for bucket in by_position(found):
+        assert f"<th>{bucket.first}–{bucket.last}</th><td>{bucket.tokens}</td><td>{bucket.diff:.3g}</td>" in page
+    for bucket in by_length(found):
+        assert f"<td>{bucket.ppl_ratio:.5f}</td><td>{bucket.log_w_deviation:.3g}</td><td>{bucket.ess:.4f}</td>" in page
+
+
+def test_the_newest_batches_are_read_until_there_are_tokens_enough(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for step in (1, 2, 3):
+        write_batch(batch_file(tmp_path, step), [make_sample(rng, 10)])
+    assert [list(read_newest(tmp_path, tokens)) for tokens in (1, 10, 11, 100)] == [[3], [3], [2, 3], [1, 2, 3]]

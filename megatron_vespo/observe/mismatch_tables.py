@@ -15,14 +15,14 @@ TOKENS_ENOUGH = 1 << 22
 Column = tuple[str, Callable[[Bucket], str]]
 OF_TOKENS: tuple[Column, ...] = (
     ("tokens", lambda b: f"{b.tokens:,}"),
-    ("mean |Δ log p|", lambda b: f"{b.diff:.2e}"),
-    ("largest", lambda b: f"{b.largest:.2e}"),
-    ("k3", lambda b: f"{b.k3:.2e}"),
-    ("KL (k1)", lambda b: f"{b.kl:.1e}"),
+    ("mean |Δ log p|", lambda b: f"{b.diff:.3g}"),
+    ("largest", lambda b: f"{b.largest:.3g}"),
+    ("k3", lambda b: f"{b.k3:.3g}"),
+    ("KL (k1)", lambda b: f"{b.kl:.3g}"),
 )
 OF_RESPONSES: tuple[Column, ...] = (
     ("PPL ratio", lambda b: f"{b.ppl_ratio:.5f}"),
-    ("s.d. of log W", lambda b: f"{b.log_w_deviation:.2e}"),
+    ("s.d. of log W", lambda b: f"{b.log_w_deviation:.3g}"),
     ("ESS of W", lambda b: f"{b.ess:.4f}"),
 )
 
@@ -38,17 +38,16 @@ def mismatch_tables(run_dir: Path) -> str:
         return ""
     steps = f"step {min(batches)}" if len(batches) == 1 else f"steps {min(batches)}–{max(batches)}"
     count = f"{len(found.values):,} tokens of {len(found.lengths):,} responses, {steps}"
+    responses: Column = ("responses", lambda b: f"{b.responses:,}")
     parts = [
-        ("By position in the response", f"Of {count}.", _table(by_position(found), "position", OF_TOKENS)),
+        ("By position in the response", f"Over {count}.", _table(by_position(found), "position", OF_TOKENS)),
         (
             "By length of the response",
-            "Of the same; W = π_old/μ of whole responses.",
-            _table(
-                by_length(found), "tokens", (("responses", lambda b: f"{b.responses:,}"), *OF_TOKENS, *OF_RESPONSES)
-            ),
+            "Over the same. W = π_old/μ of the whole response; PPL ratio: the engine's over the trainer's.",
+            _table(by_length(found), "length", (responses, *OF_TOKENS, *OF_RESPONSES)),
         ),
     ]
-    return markup.grid([markup.figure(*part) for part in parts])
+    return "".join(f'<div class="part"><h3>{name}</h3>{markup.note(text)}{table}</div>' for name, text, table in parts)
 
 
 def _table(buckets: Sequence[Bucket], what: str, columns: Sequence[Column]) -> str:

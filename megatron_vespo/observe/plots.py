@@ -95,7 +95,10 @@ MISMATCH = (
         reference=1.0,
     ),
     Panel(
-        *("Weight-sync probe", "|engine − trainer| log-prob of fixed sequences right after a sync, without drift."),
+        *(
+            "Weight-sync probe",
+            "|engine − trainer| log-prob of the same few responses of the first step, right after each sync.",
+        ),
         *((("sync_probe_max", "maximum"), ("sync_probe_diff", "mean"), ("sync_probe_k3", "k3")),),
         log=True,
     ),
