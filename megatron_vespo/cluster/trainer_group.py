@@ -18,6 +18,7 @@ from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable, stacked
 
@@ -112,16 +113,19 @@ class TrainerGroup:
         self, samples: Sequence[Sample]
     ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray], WeightTable]:
         """One optimizer update. (metric name -> (sum, denominator) over the whole mini-batch, [response] float32 log pi
-        of each sample as the update saw it, a row of sequence weights of each)."""
+        of each sample as the update saw it, a row of sequence weights of each, in any order)."""
         results = self._all("train_mini_batch", ray.put(list(samples)))
         metrics = next(result.metrics for result in results if result.metrics)
-        positions = [position for result in results for position in result.logprobs]
-        weights = stacked([result.weights for result in results]).rows(np.argsort(positions))
-        return metrics, _in_order([result.logprobs for result in results]), weights
+        logprobs = _in_order([result.logprobs for result in results])
+        return metrics, logprobs, stacked([result.weights for result in results])
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
         return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the objectives' gradients on a mini-batch, over all parameters."""
+        return self._all("gradient_products", ray.put(list(samples)), list(objectives))[0]
 
     def publish(self, folder: Path, version: int) -> Path:
         """Write the current weights for the engines; returns the folder to load."""

@@ -1,10 +1,28 @@
-"""Pieces of the report's page. What comes from a run is escaped here, or by whoever passes ``content``."""
+"""Self-contained pages and their pieces. What comes from a run is escaped here, or by whoever passes ``content``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole HTML file of the ``parts`` that are not empty; it needs no network and follows light or dark."""
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def heading(title: str, facts: Sequence[tuple[str, Any]]) -> str:
+    shown = "".join(f"<span><b>{name}</b> {escape(str(value))}</span>" for name, value in facts)
+    return f'<header><h1>{escape(title)}</h1><p class="facts">{shown}</p></header>'
 
 
 def section(title: str, content: str) -> str:

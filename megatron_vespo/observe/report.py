@@ -75,7 +75,6 @@ def render(
     evaluations = [record for record in records if isinstance(record.get("eval"), dict)]
     steps = [record for record in records if "eval" not in record]
     config = _parsed(config_text)
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
     def panels(group: Sequence[plots.Panel | plots.Fan]) -> list[str]:
         drawn = [
@@ -106,13 +105,7 @@ def render(
         if config_text
         else "",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_name(run_name, config))}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return markup.document(_name(run_name, config), body)
 
 
 def _parsed(config_text: str) -> dict[str, Any]:
@@ -147,8 +140,7 @@ def _header(run_name: str, config: dict[str, Any], steps: Sequence[Record]) -> s
         ("model", _setting(config, "model", "path")),
         ("seed", config.get("seed")),
     ]
-    shown = "".join(f"<span><b>{k}</b> {escape(str(v))}</span>" for k, v in facts if v not in (None, ""))
-    return f'<header><h1>{escape(_name(run_name, config))}</h1><p class="facts">{shown}</p></header>'
+    return markup.heading(_name(run_name, config), [(k, v) for k, v in facts if v not in (None, "")])
 
 
 def _mismatch_title(config: dict[str, Any]) -> str:

@@ -18,12 +18,15 @@ from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
 from megatron_vespo.policy.response_weights import weigh
+from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -80,10 +83,7 @@ class PolicyTrainer:
 
     def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
         """One optimizer update on ``samples`` (advantages set)."""
-        totals = {
-            "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
-            "total_sequences": float(len(samples)),
-        }
+        totals = _totals(samples)
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
         objective = self.objective
@@ -94,8 +94,10 @@ class PolicyTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False)
+        router_losses = RouterLosses.of_mini_batch(self.config.model, [s.length for s in samples])
+        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses)
         metrics = sum_metrics([report.metrics for report in reports])
+        router_metrics = router_losses.metrics() if router_losses is not None else {}
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -103,7 +105,7 @@ class PolicyTrainer:
         _, grad_norm, _ = self.optimizer.step()
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {
+            metrics |= router_metrics | {
                 "loss": (metrics["loss"][0], 1.0),
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
@@ -122,6 +124,11 @@ class PolicyTrainer:
         batches = self._batches(samples)
         shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
         return self._by_sample(samples, batches, shards)
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the gradients that ``objectives`` have on the mini-batch ``samples``."""
+        head = self._head(self.config.rollout.temperature)
+        return gradient_products(objectives, self.chunks, self._batches(samples), head, _totals(samples)).numpy()
 
     def _by_sample(
         self, samples: Sequence[Sample], batches: Sequence[PackedBatch], shards: Sequence[torch.Tensor]
@@ -187,3 +194,11 @@ class PolicyTrainer:
     def load(self, folder: Path) -> None:
         checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
+
+
+def _totals(samples: Sequence[Sample]) -> dict[str, float]:
+    """The denominators of a mini-batch, of what counts; at least 1, so that where nothing does the gradient is zero."""
+    return {
+        "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
+        "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
+    }

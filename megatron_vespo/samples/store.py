@@ -23,7 +23,7 @@ FORMAT = 1
 OF_EVERY_SAMPLE = ("response_tokens", "rollout_logprobs", "weight_versions", "loss_mask")
 OF_SOME = ("old_logprobs", "train_logprobs", "routed_experts")
 """Stored where a sample has them; the JSON says which do."""
-SCALARS = ("id", "finish_reason", "text", "reward", "advantage", "trained_version", "metadata")
+SCALARS = ("id", "finish_reason", "text", "grade", "reward", "advantage", "trained_version", "metadata")
 
 
 class StoreError(ValueError):
