@@ -10,18 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vespo.weights.fp8 import (
-    BLOCK,
-    E4M3_MAX,
-    SMALLEST_AMAX,
-    dequantise_blocks,
-    quantise_blocks,
-    takes_fp8,
-    to_e4m3,
-)
+from megatron_vespo.rollout.reference.parameters import parameters_by_hf_name
+from megatron_vespo.weights.fp8 import BLOCK, LARGEST, dequantise_blocks, is_block_quantised, quantise_blocks
+
+SMALLEST_AMAX = 1e-10
+"""A group of zeros gets the scale of this magnitude, as in SGLang's kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +34,34 @@ class Fp8:
 
 
 def round_weights(module: nn.Module) -> None:
-    """Round, in place, the weights that :func:`takes_fp8` names. Raises ValueError for experts of another layout."""
-    for name, weight in module.named_parameters():
-        if not takes_fp8(name):
-            continue
-        if weight.dim() == 3:
-            _check_experts(module.get_submodule(name.rpartition(".")[0]), name)
-        # transformers joins an expert's gate and up; a checkpoint has, and the sender quantises, each by itself.
-        joined = weight.dim() == 3 and name.endswith("gate_up_proj")
-        for part in weight.data.chunk(2, dim=-2) if joined else (weight.data,):
-            part.copy_(dequantise_blocks(*quantise_blocks(part)))
+    """Round, in place, each weight that an fp8 checkpoint holds in blocks. Raises ValueError for experts that a
+    checkpoint holds otherwise than as parts of the model's parameters."""
+    for name, weight in parameters_by_hf_name(module).items():
+        if is_block_quantised(name):
+            weight.copy_(rounded_weight(weight))
+
+
+def rounded_weight(weight: Tensor) -> Tensor:
+    """float32, what the blocks of one HF tensor [rows, columns] stand for."""
+    return dequantise_blocks(*quantise_blocks(weight))
 
 
 def round_inputs(module: nn.Module) -> None:
-    """From now on round what enters the projections that :func:`takes_fp8` names. Raises ValueError as above."""
-    owners = {name.rpartition(".")[0]: weight.dim() for name, weight in module.named_parameters() if takes_fp8(name)}
-    for name, dimensions in owners.items():
-        owner: Any = module.get_submodule(name)
-        owner.register_forward_pre_hook(_round_first)
-        if dimensions == 3:
-            _check_experts(owner, name)
+    """From now on round what enters the projections whose weights are rounded.
+
+    Raises ValueError for experts whose two projections are not one after the other here.
+    """
+    # transformers joins the experts of a layer in parameters of three dimensions that have no module of their own.
+    joined = {f"{name}.weight": name for name, weight in module.named_parameters() if weight.dim() == 3}
+    names = [*joined, *(name for name, _ in module.named_parameters())]
+    for owner in dict.fromkeys(joined.get(name, name).rpartition(".")[0] for name in names if is_block_quantised(name)):
+        projection: Any = module.get_submodule(owner)
+        projection.register_forward_pre_hook(_round_first)
+        if not isinstance(projection, nn.Linear):
+            if getattr(projection.config, "_experts_implementation", None) not in ("grouped_mm", "batched_mm"):
+                raise ValueError(f"the reference engine cannot round the inputs of {owner} to fp8")
             # What lies between the two projections of an expert is the second one's input.
-            owner._apply_gate = _rounded(owner._apply_gate)
+            projection._apply_gate = _rounded(projection._apply_gate)
 
 
 def round_groups(values: Tensor) -> Tensor:
@@ -68,14 +71,18 @@ def round_groups(values: Tensor) -> Tensor:
     """
     size = values.shape[-1]
     groups = F.pad(values.float(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scales = groups.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / E4M3_MAX
-    rounded = to_e4m3(groups * (1 / scales)).float() * scales
+    scales = groups.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / LARGEST
+    rounded = _e4m3(groups * (1 / scales)).float() * scales
     return rounded.flatten(-2)[..., :size].to(values.dtype)
 
 
 def round_key_values(values: Tensor) -> Tensor:
-    """Any shape, through float8_e4m3fn with scale 1."""
-    return to_e4m3(values).to(values.dtype)
+    """Any shape, through float8_e4m3fn with scale 1: beyond +-448 to +-448."""
+    return _e4m3(values).to(values.dtype)
+
+
+def _e4m3(values: Tensor) -> Tensor:
+    return values.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def _round_first(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -84,11 +91,3 @@ def _round_first(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _rounded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda values: round_groups(function(values))
-
-
-def _check_experts(experts: nn.Module, name: str) -> None:
-    config: Any = getattr(experts, "config", None)
-    known = getattr(config, "_experts_implementation", None) in ("grouped_mm", "batched_mm")
-    plain = getattr(experts, "has_gate", False) and getattr(experts, "is_concatenated", False)
-    if not (known and plain) or getattr(experts, "is_transposed", True):
-        raise ValueError(f"the reference engine cannot round {name} to fp8: it knows [experts, gate | up, hidden] only")
