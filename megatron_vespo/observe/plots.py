@@ -74,18 +74,33 @@ OFF_POLICY = (
         reference=1.0,
     ),
     Panel(
-        *("Trainer against engine", "Per token, same weights: mean |Δ log p|, and the k3 estimate of KL."),
-        *((("rollout_logprob_diff", "|Δ log p|"), ("k3_engine", "k3")),),
-        log=True,
-    ),
-    Panel(
         *("Staleness", "Weight version trained minus version that sampled, per token."),
         *((("staleness_mean", "mean"), ("staleness_max", "maximum")),),
         floor=0.0,
     ),
+)
+MISMATCH = (
     Panel(
-        *("Weight-sync probe", "Largest |engine − trainer| log-prob on fixed prompts, right after a sync."),
-        *((("sync_probe_max", "maximum"),),),
+        *("Trainer against engine", "Per token, same weights: mean and largest |Δ log p|, and the k3 estimate of KL."),
+        *((("rollout_logprob_diff", "|Δ log p|"), ("mismatch/max", "largest"), ("k3_engine", "k3")),),
+        log=True,
+    ),
+    Panel(
+        *("KL(μ‖π_old), nats a token", "Two estimates: k1, unbiased and noisy, and k3, never negative."),
+        *((("mismatch/kl", "k1"), ("k3_engine", "k3")),),
+        reference=0.0,
+    ),
+    Panel(
+        *("Perplexity ratio", "The engine's over the trainer's, by response: mean, 5 % and 95 % quantiles."),
+        *((("mismatch/ppl_ratio", "mean"), ("mismatch/ppl_ratio/p05", "5 %"), ("mismatch/ppl_ratio/p95", "95 %")),),
+        reference=1.0,
+    ),
+    Panel(
+        *(
+            "Weight-sync probe",
+            "|engine − trainer| log-prob of the same few responses of the first step, right after each sync.",
+        ),
+        *((("sync_probe_max", "maximum"), ("sync_probe_diff", "mean"), ("sync_probe_k3", "k3")),),
         log=True,
     ),
 )

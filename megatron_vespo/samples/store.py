@@ -81,6 +81,19 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_newest(folder: Path, tokens: int) -> dict[int, list[Sample]]:
+    """The newest batches under ``folder`` by step, ascending; none older once they have ``tokens`` response tokens.
+
+    Raises :class:`StoreError`.
+    """
+    found: dict[int, list[Sample]] = {}
+    for step in reversed(stored_steps(folder)):
+        if sum(len(sample.response_tokens) for samples in found.values() for sample in samples) >= tokens:
+            break
+        found[step] = read_batch(batch_file(folder, step))
+    return dict(sorted(found.items()))
+
+
 def read_batch(path: Path) -> list[Sample]:
     """The samples that :func:`write_batch` wrote, in order. Raises :class:`StoreError`."""
     try:
