@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -44,7 +45,7 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     console.print(Text(f"{comparison.run} ({comparison.directory})", style="bold"))
     for name, value in comparison.facts():
         console.print(Text.assemble((f"  {name:<14}", "cyan"), value), soft_wrap=True)
-    table = Table(title="From the log-probs, over all mini-batches", title_justify="left", caption_justify="left")
+    table = Table(title="From the log-probs, over all mini-batches", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("objective", no_wrap=True)
     heads = [head for head, _, _ in SUMMARY_COLUMNS] + ["norm of\ngradient", f"cosine to\n{comparison.reference}"]
     for head in heads:
@@ -86,7 +87,7 @@ def print_gradients(comparison: Comparison, console: Console) -> None:
     found = comparison.whole.in_parameters
     assert found is not None
     reference = comparison.labels.index(comparison.reference)
-    table = Table(title="Over all parameters of the policy", title_justify="left")
+    table = Table(title="Over all parameters of the policy", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("objective", no_wrap=True)
     table.add_column("norm of\ngradient", justify="right")
     table.add_column(f"cosine to\n{comparison.reference}", justify="right")
