@@ -16,9 +16,6 @@ from types import FrameType
 
 from megatron_vespo.config.load import ConfigError, load_config, parse_override
 
-TABLE_WIDTH = 120
-"""Narrower, rich would cut the cells of ``compare``; and it takes a file or a pipe for 80 columns wide."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -151,8 +148,6 @@ def _compare(options: argparse.Namespace) -> int:
         name, *params = options.correction
         overrides += [f"objective.correction={name}", "objective.correction_params={}"]
         overrides += [f"objective.correction_params.{param}" for param in params]
-    console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
     try:
         page = compare(
             options.run_dir,
@@ -160,7 +155,7 @@ def _compare(options: argparse.Namespace) -> int:
             steps=options.steps,
             checkpoint=options.checkpoint,
             overrides=overrides,
-            console=console,
+            console=Console(),
         )
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)

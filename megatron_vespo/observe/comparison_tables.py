@@ -28,6 +28,12 @@ def compact(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
+def print_whole(table: Table, console: Console) -> None:
+    """As wide as it is: rich would cut its cells to the terminal's width, or to 80 columns in a pipe."""
+    wanted = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.print(table, width=max(wanted, console.width), crop=False)
+
+
 SUMMARY_COLUMNS = (
     ("mean c\nA > 0", "coefficient_positive", number),
     ("mean c\nA < 0", "coefficient_negative", number),
@@ -59,7 +65,7 @@ def print_summary(comparison: Comparison, console: Console) -> None:
             compact(whole.in_logprobs.norms[i]),
             number(whole.in_logprobs.cosines[i][reference], "+.4f"),
         )
-    console.print(table)
+    print_whole(table, console)
     console.print(Text("Responses that the objectives agree about least", style="italic"))
     for response in comparison.disputed():
         print_response(response, console)
@@ -94,4 +100,4 @@ def print_gradients(comparison: Comparison, console: Console) -> None:
     for i, label in enumerate(comparison.labels):
         cosine = number(found.cosines[i][reference], "+.4f")
         table.add_row(Text(label, style="bold" if label == comparison.own else ""), compact(found.norms[i]), cosine)
-    console.print(table)
+    print_whole(table, console)
