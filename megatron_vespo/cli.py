@@ -83,9 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     budget = commands.add_parser("budget", help="what an objective keeps of its signal under a per-token mismatch")
-    budget.add_argument("--k3", type=float, required=True, help="nats a token, such as the metric k3_engine of a run")
-    budget.add_argument("--length", type=int, nargs="+", required=True, help="tokens in a response")
-    budget.add_argument("--objective", default="vespo", help="one that weighs whole responses (default: vespo)")
+    budget.add_argument("--k3", type=float, help="nats a token, such as the metric k3_engine of a run")
+    budget.add_argument(
+        "--run", type=Path, dest="run_dir", metavar="RUN_DIR", help="instead: a run whose stored rollouts tell it"
+    )
+    budget.add_argument("--length", type=int, nargs="+", default=[], help="tokens in a response")
+    budget.add_argument("--objective", help="one that weighs whole responses (default: that of --run, or vespo)")
     budget.add_argument(
         "--params", nargs="*", default=[], metavar="key=value", help="of the objective, such as cap=2.0"
     )
@@ -108,16 +111,17 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.loop.synchronous import train
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
+    from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
     from megatron_vespo.samples.dataset import DataError
 
     try:
         with open_run(resolved) as run:
             train(run)
-    except (DataError, RewardError, CheckpointError) as error:
+    except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, EngineError, SyncError) as error:
+    except (ClusterError, EngineError, EpisodeError, SyncError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
@@ -166,10 +170,22 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _budget(options: argparse.Namespace) -> int:
     from megatron_vespo.objectives.budget import budget_table
+    from megatron_vespo.observe.run_budget import run_budget_table
 
     params = dict(parse_override(text) for text in options.params)
+    if (options.k3 is None) == (options.run_dir is None):
+        raise ConfigError("give either --k3, a mismatch in nats a token, or --run, the directory of a run that had one")
+    if options.run_dir is None and not options.length:
+        raise ConfigError("--length is missing: the budget of --k3 depends on the tokens in a response")
     try:
-        print(budget_table(options.objective, options.k3, options.length, **params))
+        if options.run_dir is None:
+            print(budget_table(options.objective or "vespo", options.k3, options.length, **params))
+            return 0
+        name = options.objective
+        if not name:
+            objective = load_config(options.run_dir / "config.resolved.yaml").run.objective
+            name, params = objective.name, objective.params | params
+        print(run_budget_table(options.run_dir, name, params, options.length))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return 0

@@ -30,3 +30,14 @@ def test_a_real_run_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(ROOT)
     assert main(["train", "model_configs/qwen3_8b_vespo.yaml"]) == 2
     assert "model.path = checkpoints/Qwen3-8B-Base" in capsys.readouterr().err
+
+
+def test_router_losses_are_refused_for_a_dense_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for field in ("router_z_loss", "router_balance_loss"):
+        setting = f"model.{field}=0.01"
+        assert main(["train", "model_configs/qwen3_8b_vespo.yaml", setting, "--dry-run"]) == 2
+        assert f"model.{field} = 0.01, but the model (qwen3) has no experts; set it to 0" in capsys.readouterr().err
+        assert main(["train", "model_configs/qwen3_30b_a3b_vespo.yaml", setting, "--dry-run"]) == 0

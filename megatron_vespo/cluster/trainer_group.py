@@ -20,6 +20,7 @@ from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable, stacked
 
 PLACEMENT_DEADLINE_S = 120
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -108,12 +109,15 @@ class TrainerGroup:
 
     # ------------------------------------------------------------------------------------------ collective calls
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+    def train_mini_batch(
+        self, samples: Sequence[Sample]
+    ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray], WeightTable]:
         """One optimizer update. (metric name -> (sum, denominator) over the whole mini-batch, [response] float32 log pi
-        of each sample as the update saw it)."""
+        of each sample as the update saw it, a row of sequence weights of each, in any order)."""
         results = self._all("train_mini_batch", ray.put(list(samples)))
         metrics = next(result.metrics for result in results if result.metrics)
-        return metrics, _in_order([result.logprobs for result in results])
+        logprobs = _in_order([result.logprobs for result in results])
+        return metrics, logprobs, stacked([result.weights for result in results])
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""

@@ -34,6 +34,16 @@ class ModelConfig(Section):
     """Log-probs from hidden states tile by tile, or through the logits of a whole micro-batch (same numbers)."""
     router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the MoE router's logits; None keeps the model's."""
+    router_z_loss: NonNegativeFloat = 0.0
+    """Weight of the routers' z-loss: the square of the log-sum-exp of a token's router logits, added over the MoE
+    layers, mean over the mini-batch's tokens (prompts too)."""
+    router_balance_loss: NonNegativeFloat = 0.0
+    """Weight of load balancing by sequence: number of experts times the sum over them of (share of the sequence's
+    routed tokens) x (mean probability), 1 where even; added over the MoE layers, mean over the sequences."""
+
+    @property
+    def has_router_losses(self) -> bool:
+        return self.router_z_loss > 0 or self.router_balance_loss > 0
 
 
 class ParallelConfig(Section):
@@ -96,8 +106,9 @@ class RolloutConfig(Section):
     """How many of it."""
     urls: tuple[str, ...] = ()
     """Engines that someone else started; none is launched then."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision the engine computes in."""
+    precision: Literal["fp32", "bf16", "fp8", "fp8_kv"] = "bf16"
+    """Precision the engine computes in. fp8: weights in blocks of 128 x 128, on a GPU activations too; fp8_kv: the KV
+    cache alone. On a CPU the reference engine rounds to it (docs/precision.md)."""
     samples_per_prompt: PositiveInt = 8
     """Responses in a prompt group."""
     max_response_tokens: PositiveInt = 1024
@@ -108,6 +119,14 @@ class RolloutConfig(Section):
     """Nucleus sampling; 1: off."""
     top_k: int = -1
     """Top-k sampling; -1: off."""
+    function: str | None = None
+    """Dotted path to a function that plays a response of several turns (rollout/episodes.py); None: one turn."""
+    dynamic_sampling: bool = False
+    """Drop prompt groups whose rewards are all equal, and sample further prompts until the batch is full (DAPO)."""
+    over_sample: Annotated[float, Field(ge=1)] = 1.0
+    """Under dynamic sampling: prompts asked for in a round, over those still missing."""
+    max_rounds: PositiveInt = 8
+    """Under dynamic sampling: rounds after which groups without spread fill what is still missing."""
     request_timeout_s: PositiveFloat = 600
     """Seconds without an answer after which a request counts as hung."""
     launch_timeout_s: PositiveFloat = 600
@@ -140,6 +159,10 @@ class RewardConfig(Section):
     """Grading processes."""
     timeout_s: PositiveFloat = 30
     """Seconds after which grading one response is killed and counts as 0."""
+    overlong_buffer: NonNegativeInt = 0
+    """Last tokens before rollout.max_response_tokens over which a penalty grows from 0 to the whole; 0: no penalty."""
+    overlong_penalty: NonNegativeFloat = 1.0
+    """The whole penalty: what a response at the limit loses of its reward (DAPO's soft overlong punishment)."""
 
 
 class TrainConfig(Section):
@@ -149,6 +172,9 @@ class TrainConfig(Section):
     """Prompts in a rollout batch; times rollout.samples_per_prompt sequences."""
     mini_batches: PositiveInt = 1
     """N: optimizer updates made from one rollout batch (split staleness 0..N-1)."""
+    mask_truncated: bool = False
+    """Leave responses cut at the length limit out of the loss and its denominators (overlong filtering); their reward
+    still counts in their group's advantages."""
     tokens_per_micro_batch: PositiveInt = 16384
     """Token budget of one forward-backward of one rank (before context parallelism divides it)."""
 

@@ -12,8 +12,9 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
-from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
+from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout.precision import refusal
 
 GIB = 1 << 30
 
@@ -48,14 +49,15 @@ class Plan:
 
 
 def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
-    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists absent files instead."""
-    missing = _absent_model(config) + _absent_data(config)
+    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists what this machine lacks instead."""
+    missing = _absent_model(config) + _absent_data(config) + _absent_precision(config)
     if missing and not dry_run:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
     layout = _check_layout(config, hf_config)
     try:
+        check_router_losses(hf_config, config.model)
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -91,6 +93,12 @@ def _absent_data(config: RunConfig) -> list[str]:
         for name, path in files
         if path is not None and not path.is_file()
     ]
+
+
+def _absent_precision(config: RunConfig) -> list[str]:
+    # Engines of someone else's run elsewhere, in the precision that they were given.
+    reason = None if config.rollout.urls else refusal(config.rollout.engine, config.rollout.precision)
+    return [reason] if reason else []
 
 
 def _check_layout(config: RunConfig, hf_config: Any) -> ParallelLayout:
@@ -130,6 +138,11 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model has {limit} positions; "
             "lower one of them"
+        )
+    if config.reward.overlong_buffer > rollout.max_response_tokens:
+        raise ConfigError(
+            f"reward.overlong_buffer = {config.reward.overlong_buffer} is more than rollout.max_response_tokens = "
+            f"{rollout.max_response_tokens}: even an empty response would lose reward; lower it"
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")

@@ -11,7 +11,7 @@ from megatron_vespo.objectives.lab import Angles
 from megatron_vespo.observe.comparison import Comparison, Response
 from megatron_vespo.observe.comparison_plots import draw_by_length, draw_phi, draw_thrown_away
 from megatron_vespo.observe.comparison_tables import SUMMARY_COLUMNS, compact, number, share
-from megatron_vespo.observe.page import document, figure, grid, heading, section
+from megatron_vespo.observe.markup import document, figure, grid, heading, section
 
 TEXT_SHOWN = 1200
 """Characters of a disputed response."""

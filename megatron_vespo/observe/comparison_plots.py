@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from megatron_vespo.observe.canvas import INK, SERIES, add_legend, styled, to_svg
 from megatron_vespo.observe.comparison import Comparison, Response
-from megatron_vespo.observe.plots import INK, SERIES, STYLE, legend, svg_text
 
 POSITIVE, NEGATIVE = SERIES[0], SERIES[1]
 COLUMNS = 5
@@ -30,7 +29,7 @@ def draw_phi(comparison: Comparison) -> str:
         spread_out([r for r in comparison.responses if r.advantage * sign > 0], lambda r: _log_w(comparison, r))
         for sign in (1, -1)
     ]
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(11.6, 1.9 * rows + 0.6), layout="constrained")
         panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
         for axes, label in zip(panels, labels, strict=False):
@@ -52,8 +51,8 @@ def draw_phi(comparison: Comparison) -> str:
         for axes in panels[max(0, len(labels) - COLUMNS) : len(labels)]:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("log W" if comparison.engine_inside else "log W, stale part")
-        legend(figure, panels[0])
-        return svg_text(figure)
+        add_legend(figure, panels[0])
+        return to_svg(figure)
 
 
 def _log_w(comparison: Comparison, response: Response) -> float:
@@ -71,7 +70,7 @@ def spread_out(responses: Sequence[Response], key) -> list[Response]:
 def draw_thrown_away(comparison: Comparison) -> str:
     """Shares of thrown-away responses by sign of A, two bars an objective."""
     summaries = comparison.whole.objectives
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure, axes, y = _rows(comparison.labels)
         for shift, color, name in ((-0.19, POSITIVE, "positive"), (0.19, NEGATIVE, "negative")):
             values = [getattr(s, f"thrown_away_{name}") for s in summaries.values()]
@@ -82,8 +81,8 @@ def draw_thrown_away(comparison: Comparison) -> str:
         seen = [v for s in summaries.values() for v in (s.thrown_away_positive, s.thrown_away_negative) if v == v]
         axes.set_xlim(0, max([0.05, *seen]) * 1.12)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        legend(figure, axes)
-        return svg_text(figure)
+        add_legend(figure, axes)
+        return to_svg(figure)
 
 
 def draw_by_length(comparison: Comparison) -> str:
@@ -91,7 +90,7 @@ def draw_by_length(comparison: Comparison) -> str:
     whole = comparison.whole
     edges = [math.floor(edge) for edge in whole.length_edges if edge == edge] or [0, 0, 0]
     lows = [1, *(edge + 1 for edge in edges)]
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure, axes, y = _rows(comparison.labels)
         left = np.zeros(len(y))
         for i, low in enumerate(lows):
@@ -105,8 +104,8 @@ def draw_by_length(comparison: Comparison) -> str:
             axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        legend(figure, axes)
-        return svg_text(figure)
+        add_legend(figure, axes)
+        return to_svg(figure)
 
 
 def _rows(labels: Sequence[str]) -> tuple[Figure, Axes, np.ndarray]:

@@ -30,8 +30,10 @@ def compact(value: float) -> str:
 
 def print_whole(table: Table, console: Console) -> None:
     """As wide as it is: rich would cut its cells to the terminal's width, or to 80 columns in a pipe."""
-    wanted = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.print(table, width=max(wanted, console.width), crop=False)
+    width = console.width
+    console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    console.width = width
 
 
 SUMMARY_COLUMNS = (

@@ -19,6 +19,7 @@ from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.fused_logprobs import fused_logprobs
 from megatron_vespo.policy.logprobs import plain_logprobs
 from megatron_vespo.policy.model import Head
+from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.samples.packing import PackedBatch
 
 MetricTable = dict[str, tuple[float, float]]
@@ -69,16 +70,23 @@ def run_micro_batches(
     loss: Any,
     *,
     forward_only: bool,
+    router_losses: RouterLosses | None = None,
 ) -> list[Any]:
     """Drive ``batches`` through the schedule of the layout; returns what ``loss`` reported, on the last stage.
 
     batches: this rank's shards. loss: (batch, [2, T] from the head) -> what megatron-core's schedule expects.
+    router_losses: added to the loss by every stage's routers; their values are collected in it.
     """
+    if router_losses is not None:
+        router_losses.attach(chunks)
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
         packing = packed_seq_params(batch.cu_seqlens)
-        output = chunk(batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels))
+        members = None if router_losses is None else batch.members()
+        output = chunk(
+            batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels), members=members
+        )
         return output, partial(loss, batch)
 
     return get_forward_backward_func()(

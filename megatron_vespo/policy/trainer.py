@@ -25,6 +25,8 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
+from megatron_vespo.policy.response_weights import weigh
+from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -35,6 +37,7 @@ from megatron_vespo.policy.step import (
 )
 from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.save import save_hf_folder
@@ -49,6 +52,8 @@ class UpdateResult:
     """Of the whole mini-batch on the last pipeline stage, else {}."""
     logprobs: dict[int, np.ndarray]
     """Position in the mini-batch -> [response] float32 log pi, as this update saw it; each sample by one rank."""
+    weights: WeightTable
+    """Sequence weights of the same samples, in the same order."""
 
 
 class PolicyTrainer:
@@ -89,8 +94,10 @@ class PolicyTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False)
+        router_losses = RouterLosses.of_mini_batch(self.config.model, [s.length for s in samples])
+        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses)
         metrics = sum_metrics([report.metrics for report in reports])
+        router_metrics = router_losses.metrics() if router_losses is not None else {}
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -98,12 +105,14 @@ class PolicyTrainer:
         _, grad_norm, _ = self.optimizer.step()
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {
+            metrics |= router_metrics | {
                 "loss": (metrics["loss"][0], 1.0),
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
             }
-        return UpdateResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
+        logprobs = self._by_sample(samples, batches, [report.logprobs for report in reports])
+        weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
+        return UpdateResult(metrics, logprobs, weights)
 
     @torch.no_grad()
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
@@ -188,8 +197,8 @@ class PolicyTrainer:
 
 
 def _totals(samples: Sequence[Sample]) -> dict[str, float]:
-    """The denominators of a mini-batch."""
+    """The denominators of a mini-batch, of what counts; at least 1, so that where nothing does the gradient is zero."""
     return {
-        "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
-        "total_sequences": float(len(samples)),
+        "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
+        "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
     }

@@ -47,7 +47,10 @@ class Sample:
     finish_reason: FinishReason
     text: str = ""
     """The decoded response."""
+    grade: float | None = None
+    """What the reward function said."""
     reward: float | None = None
+    """The grade less the penalties; what advantages are made of."""
     advantage: float | None = None
     old_logprobs: np.ndarray | None = None
     """[response] float32: log pi_old, the trainer's own log-prob at the version that sampled."""

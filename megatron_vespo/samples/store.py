@@ -23,7 +23,7 @@ FORMAT = 1
 OF_EVERY_SAMPLE = ("response_tokens", "rollout_logprobs", "weight_versions", "loss_mask")
 OF_SOME = ("old_logprobs", "train_logprobs", "routed_experts")
 """Stored where a sample has them; the JSON says which do."""
-SCALARS = ("id", "finish_reason", "text", "reward", "advantage", "trained_version", "metadata")
+SCALARS = ("id", "finish_reason", "text", "grade", "reward", "advantage", "trained_version", "metadata")
 
 
 class StoreError(ValueError):
@@ -79,6 +79,19 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_newest(folder: Path, tokens: int) -> dict[int, list[Sample]]:
+    """The newest batches under ``folder`` by step, ascending; none older once they have ``tokens`` response tokens.
+
+    Raises :class:`StoreError`.
+    """
+    found: dict[int, list[Sample]] = {}
+    for step in reversed(stored_steps(folder)):
+        if sum(len(sample.response_tokens) for samples in found.values() for sample in samples) >= tokens:
+            break
+        found[step] = read_batch(batch_file(folder, step))
+    return dict(sorted(found.items()))
 
 
 def read_batch(path: Path) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""A self-contained page: what every page of ours has, whatever it shows."""
+"""Self-contained pages and their pieces. What comes from a run is escaped here, or by whoever passes ``content``."""
 
 from __future__ import annotations
 
@@ -33,5 +33,17 @@ def grid(figures: Sequence[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
 
 
-def figure(title: str, note: str, content: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{content}</figure>"
+def figure(title: str, note: str, svg: str) -> str:
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{svg}</figure>"
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def cell(value: Any, form: str) -> str:
+    return format(value, form) if is_number(value) else "–"
