@@ -89,3 +89,8 @@ def test_a_torn_file_and_an_unknown_format_are_refused_by_name(tmp_path: Path) -
     save_file(arrays, path)
     with pytest.raises(StoreError, match="format 9"):
         read_batch(path)
+    arrays["json"] = np.frombuffer(arrays["json"].tobytes().replace(b'"format": 9', b'"format": 1'), np.uint8)
+    del arrays["loss_mask"]
+    save_file(arrays, path)
+    with pytest.raises(StoreError, match=r"step_000001.*loss_mask"):
+        read_batch(path)

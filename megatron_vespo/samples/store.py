@@ -103,6 +103,15 @@ def read_batch(path: Path) -> list[Sample]:
         raise StoreError(f"{path}: not a batch of stored rollouts ({error})") from None
     if rest.get("format") != FORMAT:
         raise StoreError(f"{path}: format {rest.get('format')!r}, and this version reads {FORMAT}; store it anew")
+    try:
+        return _samples(arrays, rest)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path}: a batch of stored rollouts that lacks something ({error!r}); store it anew"
+        ) from None
+
+
+def _samples(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> list[Sample]:
     prompt_tokens = _parted(arrays["prompt_tokens"], arrays["prompt_lengths"])
     prompts = [Prompt(tokens=tokens, **row) for tokens, row in zip(prompt_tokens, rest["prompts"], strict=True)]
     lengths = arrays["response_lengths"]
