@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_the_newest_batches_stay(tmp_path: Path) -> None:
         write_batch(batch_file(tmp_path, step), make_samples())
     keep_newest(tmp_path, 2)
     assert stored_steps(tmp_path) == [9, 10]
+
+
+def test_a_field_that_is_younger_than_the_file_keeps_its_default(tmp_path: Path) -> None:
+    path = batch_file(tmp_path, 1)
+    write_batch(path, make_samples())
+    arrays = load_file(path)
+    rest = json.loads(arrays["json"].tobytes())
+    for row in rest["samples"]:
+        del row["grade"]
+    arrays["json"] = np.frombuffer(json.dumps(rest).encode(), np.uint8)
+    save_file(arrays, path)
+    assert [(s.id, s.grade) for s in read_batch(path)] == [(s.id, None) for s in make_samples()]
 
 
 def test_a_torn_file_and_an_unknown_format_are_refused_by_name(tmp_path: Path) -> None:

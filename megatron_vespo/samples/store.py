@@ -118,7 +118,8 @@ def _samples(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> list[Sample
     samples: list[Sample] = []
     columns = {name: _parted(arrays[name], lengths) for name in OF_EVERY_SAMPLE}
     for i, row in enumerate(rest["samples"]):
-        fields: dict[str, Any] = {name: row[name] for name in SCALARS} | {n: c[i] for n, c in columns.items()}
+        # A field that is younger than the file keeps its default.
+        fields: dict[str, Any] = {n: row[n] for n in SCALARS if n in row} | {n: c[i] for n, c in columns.items()}
         samples.append(Sample(prompt=prompts[row["prompt"]], **fields))
     for name in OF_SOME:
         having = [s for s, has in zip(samples, rest["present"][name], strict=True) if has]
