@@ -131,7 +131,9 @@ def transformer_config(
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # packed rows differ in length
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # megatron-core frees a sent output as soon as the send is posted. The interleaved schedule does not wait for it,
+        # and gloo reads memory that by then may hold something else: wrong activations, now and then, in silence.
+        deallocate_pipeline_outputs=layout.pipeline > 1 and layout.virtual_pipeline is None,
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of different lengths, in dense models too
         # Between two stages, both directions of the interleaved schedule join the same two ranks; a batch of sends and
         # receives is matched in order there, and activations arrive in place of gradients. Apart, they are not mixed.
