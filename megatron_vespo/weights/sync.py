@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -34,6 +34,16 @@ class SyncReport:
     tensors: int
     checked: int
     """Tensors whose checksums were compared at both ends, on every engine; 0 where an engine reports none."""
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sync_seconds": self.seconds,
+            "sync_bytes": self.bytes,
+            "sync_full_bytes": self.full_bytes,
+            "sync_bytes_per_s": self.bytes / self.seconds,
+            "sync_tensors": self.tensors,
+            "sync_tensors_checked": self.checked,
+        }
 
 
 class WeightTransport(Protocol):
@@ -124,18 +134,7 @@ def prove(engines: Sequence[EngineWeights], sent: Mapping[str, str], arrived: Se
         if wrong:
             name = wrong[0]
             raise SyncError(
-                f"weight sync: {name} has checksum {found.get(name, '(none: it did not arrive)')} at {engine.url}, "
-                f"{sent.get(name, '(none: it was not sent)')} at the trainer; {len(wrong)} of {len(sent)} tensors differ"
+                f"weight sync: {name} was sent with checksum {sent.get(name, '(none)')} and is at {engine.url} with "
+                f"{found.get(name, '(none: it did not arrive)')}; {len(wrong)} of {len(sent)} tensors differ"
             )
     return len(sent) if all(found is not None for found in arrived) else 0
-
-
-def rate(report: SyncReport) -> dict[str, Any]:
-    """The report as metrics of a step."""
-    return {
-        "sync_seconds": report.seconds,
-        "sync_bytes": report.bytes,
-        "sync_full_bytes": report.full_bytes,
-        "sync_bytes_per_s": report.bytes / report.seconds,
-        "sync_tensors_checked": report.checked,
-    }

@@ -1,9 +1,9 @@
 """Both ends of a weight sync between processes: what a tensor's name tells the receiver, checksums, deltas undone.
 
-    NAME                      load it
-    keep:NAME                 load it and keep a copy, the base of later deltas; the first of a sync clears all older ones
-    replace:NAME              the same, older copies stay: a tensor of which too much changed for a delta
-    delta:DESCRIPTION:NAME    apply to the copy, load the result
+    NAME                    load it
+    keep:NAME               load it and keep a copy, the base of later deltas; the first of a sync clears all older ones
+    replace:NAME            the same, older copies stay: a tensor of which too much changed for a delta
+    delta:DESCRIPTION:NAME  apply to the copy, load the result
 
 Copies are in host memory, one in the sender and one in each receiving process. Whether both are of the same version is
 not a matter of numbers, which a restarted run counts anew: they have the same combined checksum, or there is no delta.
@@ -69,7 +69,7 @@ class Arrivals:
         self._first = False
 
     def begin(self) -> str:
-        """A sync starts. Returns the combined checksum of what is kept (maybe nothing): a delta's only possible base."""
+        """A sync starts. Returns the combined checksum of what is kept: the only base that a delta may have."""
         self._checksums = {name: digest for name, digest in self._checksums.items() if name in self._kept}
         self._first = True
         return combined(self._checksums)

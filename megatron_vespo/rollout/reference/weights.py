@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
-from megatron_vespo.weights.buckets import Named, TensorSpec, unpack
+from megatron_vespo.weights.buckets import TensorSpec, unpack
 from megatron_vespo.weights.checksum import checksum
 from megatron_vespo.weights.fp8 import SCALE_SUFFIX, dequantise_blocks
 from megatron_vespo.weights.groups import BroadcastGroup, connect_store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -44,11 +44,12 @@ class Broadcast:
         def join(engine: EngineWeights, first: int) -> None:
             engine.join_broadcast(self.group, self.address, store.port, first, size, self.backend)
 
-        def stand() -> None:
+        def wait_for_all() -> None:
             self._members = BroadcastGroup(self.group, store, 0, size, self.backend, self.timeout)
 
         try:
-            at_once([stand, *(partial(join, *each) for each in zip(self.engines, firsts, strict=True))])
+            joins: list[Callable[[], None]] = [partial(join, *each) for each in zip(self.engines, firsts, strict=True)]
+            at_once([wait_for_all, *joins])
         except DistStoreError as error:
             absent = [
                 engine.url
@@ -66,10 +67,13 @@ class Broadcast:
         return self._buffer
 
     def send(self, bucket: Bucket) -> None:
+        members = self._members
+        assert members is not None, "open comes first"
+
         def receive(engine: EngineWeights) -> None:
             engine.receive_broadcast(self.group, bucket.specs)
 
-        at_once([partial(self._members.broadcast, bucket.flat), *(partial(receive, each) for each in self.engines)])
+        at_once([partial(members.broadcast, bucket.flat), *(partial(receive, engine) for engine in self.engines)])
 
     def close(self) -> None:
         if self._members is not None:

@@ -1,4 +1,4 @@
-"""Weights through a folder that engines read: any engine, any network file system, one copy of all weights a version."""
+"""Weights through a folder that engines read: any engine, any shared file system, a whole copy of them a version."""
 
 from __future__ import annotations
 
