@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from megatron_vespo.rollout.sglang import SGLANG_VERSION
+from megatron_vespo.rollout.weight_routes import FILE_ENTRY
 from megatron_vespo.weights.buckets import Named
+from megatron_vespo.weights.transports.shared_memory import map_file
 from megatron_vespo.weights.wire import Arrivals
 
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -31,16 +34,20 @@ def install() -> None:
 
     if version("sglang") != SGLANG_VERSION:
         raise RuntimeError(f"the checksums of weights know SGLang {SGLANG_VERSION}, {version('sglang')} is installed")
-    HookRegistry.register(f"{_BUCKET}.reconstruct_tensors", _bucket_arrived, HookType.AFTER)
+    HookRegistry.register(f"{_BUCKET}.reconstruct_tensors", _take_apart, HookType.AROUND)
     HookRegistry.register(f"{_LOADER}.load_weights_and_postprocess", _folder_arrives, HookType.BEFORE)
     HookRegistry.register(f"{_MANAGER}.begin_weight_update", _begin, HookType.AROUND)
     HookRegistry.register(f"{_MANAGER}.end_weight_update", _end, HookType.AROUND)
     HookRegistry.register(f"{_MANAGER}.update_weights_from_disk", _from_disk, HookType.AROUND)
 
 
-def _bucket_arrived(tensors: list[Named], *_: Any) -> list[Named]:
-    """Both a broadcast bucket and one in shared memory are taken apart here, before the model loads them."""
-    return list(arrivals.accept(tensors))
+def _take_apart(original: Callable[..., list[Named]], bucket: Any) -> list[Named]:
+    """A broadcast bucket and one in shared memory both come here, before the model loads them."""
+    first, *rest = bucket.metadata
+    if first.name.startswith(FILE_ENTRY):
+        bucket.flattened_tensor = map_file(Path(first.name.removeprefix(FILE_ENTRY)), rest[-1].end_idx)
+        bucket.metadata = rest
+    return list(arrivals.accept(original(bucket)))
 
 
 def _folder_arrives(model: Any, weights: Iterable[Named], target_device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
+import pickle
 from collections.abc import Sequence
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,10 +15,11 @@ import torch
 from megatron_vespo.rollout.client import HttpEngine
 from megatron_vespo.weights.buckets import TensorSpec
 from megatron_vespo.weights.sync import Checksums, EngineWeights
-from megatron_vespo.weights.transports.shared_memory import shared_file
 
 FLAT = "flattened_bucket"
 """SGLang's name for tensors laid end to end."""
+FILE_ENTRY = "file:"
+"""Before the path of the file that a bucket lies in, in place of the name of its first tensor."""
 
 
 def engine_weights(kind: Literal["reference", "sglang"], url: str, timeout_s: float) -> EngineWeights:
@@ -92,28 +92,30 @@ class _HttpWeights:
 
 
 class ReferenceWeights(_HttpWeights):
-    def receive_shared(self, flat: torch.Tensor, specs: Sequence[TensorSpec]) -> None:
-        file, start = shared_file(flat)
-        body = {**_described(specs), "file": str(file), "start": start}
-        self._post("/update_weights_from_file", body, of=specs)
+    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
+        self._post("/update_weights_from_file", {**_described(specs), "file": str(file)}, of=specs)
 
 
 class SglangWeights(_HttpWeights):
-    def receive_shared(self, flat: torch.Tensor, specs: Sequence[TensorSpec]) -> None:
-        """SGLang takes a pickle here, of what is not secret but is executed: this must not leave the machine.
+    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
+        """SGLang takes a pickle here, which it restricts to data: still, this must not leave the machine.
 
-        It holds no weights, only the name of the shared memory and what lies where in it.
+        It holds no weights: our plugin finds them in the file that the first entry names.
         """
-        places, start = [], 0
+        places = [_place(FILE_ENTRY + str(file), torch.uint8, (0,), 0, 0)]
         for spec in specs:
-            place = {"name": spec.name, "shape": torch.Size(spec.shape), "dtype": spec.dtype, "numel": spec.nbytes}
-            places.append(SimpleNamespace(**place, start_idx=start, end_idx=start + spec.nbytes))
-            start += spec.nbytes
-        pickled = io.BytesIO()
-        ForkingPickler(pickled).dump({"flattened_tensor": flat, "metadata": places})
-        payload = base64.b64encode(pickled.getvalue()).decode()
+            start = places[-1].end_idx
+            places.append(_place(spec.name, spec.dtype, spec.shape, start, start + spec.nbytes))
+        pickled = pickle.dumps({"flattened_tensor": torch.empty(0, dtype=torch.uint8), "metadata": places})
+        payload = base64.b64encode(pickled).decode()
         body = {"serialized_named_tensors": [payload] * self.ranks(), "load_format": FLAT, "flush_cache": True}
         self._post("/update_weights_from_tensor", body, of=specs)
+
+
+def _place(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> SimpleNamespace:
+    """The fields of SGLang's FlattenedTensorMetadata."""
+    size = torch.Size(shape)
+    return SimpleNamespace(name=name, shape=size, dtype=dtype, start_idx=start, end_idx=end, numel=end - start)
 
 
 def _described(specs: Sequence[TensorSpec]) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import torch
-
 from megatron_vespo.weights.buckets import Named, TensorSpec
 
 Checksums = dict[str, str]
@@ -94,8 +92,8 @@ class EngineWeights(Protocol):
     def receive_broadcast(self, group: str, specs: Sequence[TensorSpec]) -> None:
         """Take part in the broadcast of a bucket and load it."""
 
-    def receive_shared(self, flat: torch.Tensor, specs: Sequence[TensorSpec]) -> None:
-        """Load a bucket that lies in the shared memory of :func:`~.transports.shared_memory.shared_buffer`."""
+    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
+        """Load a bucket that lies at the beginning of a file in memory."""
 
 
 def on_each(engines: Sequence[EngineWeights], ask: Callable[[EngineWeights], T]) -> list[T]:

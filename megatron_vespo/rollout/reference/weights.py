@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -23,6 +22,7 @@ from megatron_vespo.weights.buckets import TensorSpec, unpack
 from megatron_vespo.weights.checksum import checksum
 from megatron_vespo.weights.fp8 import SCALE_SUFFIX, dequantise_blocks
 from megatron_vespo.weights.groups import BroadcastGroup, connect_store
+from megatron_vespo.weights.transports.shared_memory import map_file
 from megatron_vespo.weights.wire import Arrivals
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -158,7 +158,6 @@ class DistributedBody(BucketBody):
 
 class FileBody(BucketBody):
     file: Path
-    start: int
 
 
 class VersionBody(Body):
@@ -200,15 +199,11 @@ def weight_routes(updates: WeightUpdates) -> APIRouter:
 
     @router.post("/update_weights_from_file")
     async def update_weights_from_file(body: FileBody) -> JSONResponse:
-        return await _answer(lambda: updates.load(*_mapped(body)))
+        specs = body.specs()
+        size = sum(spec.nbytes for spec in specs)
+        return await _answer(lambda: updates.load(map_file(body.file, size), specs))
 
     return router
-
-
-def _mapped(body: FileBody) -> tuple[torch.Tensor, list[TensorSpec]]:
-    specs = body.specs()
-    size = sum(spec.nbytes for spec in specs)
-    return torch.from_numpy(np.memmap(body.file, np.uint8, "c", body.start, (size,))), specs
 
 
 async def _answer(act: Callable[[], str | None]) -> JSONResponse:

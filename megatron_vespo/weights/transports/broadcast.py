@@ -21,6 +21,8 @@ _GROUPS = itertools.count()
 class Broadcast:
     """A :class:`~.streamed.Channel`: one group of the sender, as rank 0, and all processes of all engines."""
 
+    needs_plugin = False
+
     def __init__(
         self, engines: Sequence[EngineWeights], *, address: str, backend: str, device: torch.device, timeout_s: float
     ) -> None:

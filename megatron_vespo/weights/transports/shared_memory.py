@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.multiprocessing
 
 from megatron_vespo.weights.buckets import Bucket
 from megatron_vespo.weights.sync import EngineWeights, on_each
@@ -15,40 +17,50 @@ from megatron_vespo.weights.sync import EngineWeights, on_each
 class SharedMemory:
     """A :class:`~.streamed.Channel`. Host memory on a GPU machine too: the engine copies it to its device."""
 
+    needs_plugin = True
+
     def __init__(self, engines: Sequence[EngineWeights]) -> None:
         self.engines = engines
-        self._buffer: torch.Tensor | None = None
+        self._file: MemoryFile | None = None
 
     def open(self) -> None:
         pass
 
     def buffer(self, size: int) -> torch.Tensor:
-        if self._buffer is None or len(self._buffer) < size:
-            self._buffer = shared_buffer(size)
-        return self._buffer
+        if self._file is None or len(self._file.flat) < size:
+            self.close()
+            self._file = MemoryFile(size)
+        return self._file.flat
 
     def send(self, bucket: Bucket) -> None:
-        on_each(self.engines, lambda engine: engine.receive_shared(bucket.flat, bucket.specs))
+        assert self._file is not None, "the bucket lies in it"
+        path = self._file.path
+        on_each(self.engines, lambda engine: engine.receive_shared(path, bucket.specs))
 
     def close(self) -> None:
-        self._buffer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-def shared_buffer(size: int) -> torch.Tensor:
-    """uint8 [size] of a file under /dev/shm, which goes when the last process that maps it ends.
+class MemoryFile:
+    """A file without a name, in memory: it goes with the last process that has it open, however that ends.
 
-    Raises RuntimeError where /dev/shm is too small.
+    Unlike torch's own shared memory, whose files under /dev/shm stay when Ray kills a process and its children.
     """
-    # By name: torch's other strategy passes file descriptors through a server thread in this process, and an engine
-    # that asks it for one is not of its process family.
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    return torch.empty(size, dtype=torch.uint8).share_memory_()
+
+    def __init__(self, size: int) -> None:
+        self._descriptor = os.memfd_create("megatron_vespo-weights")
+        os.ftruncate(self._descriptor, size)
+        self.flat = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
+        """uint8 [size]"""
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        """Under which other processes of this machine and user open it."""
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
-def shared_file(flat: torch.Tensor) -> tuple[Path, int]:
-    """The file that a shared buffer, or the beginning of one, lies in, and the byte where it starts there."""
-    storage = flat.untyped_storage()
-    _, name, _ = storage._share_filename_cpu_()
-    file = Path("/dev/shm") / name.decode().removeprefix("/")
-    # Before the data torch keeps a count of the processes that map it.
-    return file, file.stat().st_size - storage.nbytes()
+def map_file(path: Path, size: int) -> torch.Tensor:
+    """uint8 [size]: the beginning of another process's MemoryFile. Writing to it does not change the file."""
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(size,)))

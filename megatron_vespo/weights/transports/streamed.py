@@ -16,6 +16,9 @@ from megatron_vespo.weights.wire import Outgoing
 class Channel(Protocol):
     """How one bucket gets to all engines."""
 
+    needs_plugin: bool
+    """Whether stock SGLang cannot take it (rollout/sglang_plugin.py)."""
+
     def open(self) -> None:
         """Called before each sync; connects where that has not been done."""
 
@@ -59,12 +62,10 @@ class StreamedTransport:
 
     def _must_send_all(self, kept: Sequence[str | None]) -> bool:
         """Whether an engine keeps another version than the one a delta would be made against, or none."""
-        if not self.outgoing.delta:
-            return True
         for engine, base in zip(self.engines, kept, strict=True):
-            if base is None:
+            if base is None and (self.outgoing.delta or self.channel.needs_plugin):
                 raise SyncError(
-                    f"sync.delta: {engine.url} keeps no weights to apply a delta to; install megatron_vespo where "
-                    "this SGLang runs (its plugin does that), or set sync.delta=false"
+                    f"{engine.url} is an SGLang without the plugin of megatron_vespo, which sync.delta=true and "
+                    "sync.transport=shared_memory need: install megatron_vespo beside it, or change these"
                 )
-        return any(base != self.outgoing.base() for base in kept)
+        return any(base is None or base != self.outgoing.base() for base in kept)
