@@ -147,14 +147,14 @@ def test_the_report_shows_the_mismatch_of_the_stored_rollouts(tmp_path: Path) ->
         CONFIG.replace("engine: reference", "engine: reference, precision: fp8")
     )
     rng = np.random.default_rng(2)
-    batches = {step: [make_sample(rng, 12 + 30 * i) for i in range(4)] for step in (2, 3)}
+    batches = {step: [make_sample(rng, 12 + 30 * i) for i in range(4)] for step in (1, 3)}
     for step, batch in batches.items():
         write_batch(batch_file(tmp_path / "rollouts", step), batch)
     page = write_report(tmp_path).read_text()
     assert "<h2>Train-inference mismatch: reference engine in fp8, trainer in float32</h2>" in page
     assert "<span><b>precision</b> fp8</span>" in page
     found = differences(sample for batch in batches.values() for sample in batch)
-    assert f"Over {len(found.values)} tokens of 8 responses, steps 2–3." in page
+    assert f"Over {len(found.values)} tokens of 8 responses, steps 1–3." in page
     for bucket in by_position(found):
         assert f"<th>{bucket.first}–{bucket.last}</th><td>{bucket.tokens}</td><td>{bucket.diff:.3g}</td>" in page
     for bucket in by_length(found):

@@ -108,8 +108,7 @@ def errors_of_a_split(
     kind: str, split: dict[str, Any], losses: dict[str, float], expected: tuple[float, dict[str, torch.Tensor]]
 ) -> tuple[float, float, str]:
     """On every rank: relative error of the metric, worst gradient error relative to its tensor's largest, and whose."""
-    from test_model_parity import gather_gradient_shards
-    from tiny_models import load, megatron_tensors, share_of, tiny_hf_model, whole_name
+    from tiny_models import gather_gradient_shards, load, megatron_tensors, share_of, tiny_hf_model, whole_name
 
     from megatron_vespo.objectives import build_objective
     from megatron_vespo.policy import layout as ranks
@@ -241,7 +240,7 @@ def train_mini_batch(config_file: Path) -> dict[str, tuple[float, float]]:
     platform.current().prepare_megatron(1)
     overrides = ["parallel.pipeline=2", "model.router_z_loss=0.001", "model.router_balance_loss=0.01"]
     trainer = PolicyTrainer(load_config(config_file, overrides).run)
-    return trainer.train_mini_batch(samples_of(trainer.hf_config.vocab_size))
+    return trainer.train_mini_batch(samples_of(trainer.hf_config.vocab_size)).metrics
 
 
 @pytest.mark.slow
