@@ -55,6 +55,7 @@ def fill_buckets(
         _view(memory[used : used + spec.nbytes], spec).copy_(tensor)
         used += spec.nbytes
         specs.append(spec)
+        del tensor  # before the next is made
     if specs:
         yield Bucket(memory[:used], specs)
 

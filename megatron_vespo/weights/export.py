@@ -55,6 +55,7 @@ def export_hf(models: Sequence[torch.nn.Module], hf_config: PreTrainedConfig) ->
         if whole is not None:
             rule = table[entry.key]
             yield from zip(rule.names(entry.layer, entry.expert), _split(whole, entry, rule, some.sizes), strict=True)
+        del whole  # before the next is made
 
 
 def _schedule(mine: dict[Any, LocatedParameter], keys: list[str], layers: int) -> list[_Entry]:

@@ -59,8 +59,10 @@ def quantise_stream(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
             values, scales = quantise_blocks(tensor)
             yield name, values
             yield name + SCALE_SUFFIX, scales
+            del values, scales
         else:
             yield name, tensor
+        del tensor  # before the next is made
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ class Outgoing:
                 yield f"keep:{name}", tensor
             elif self.checksums[name] != before:
                 yield self._change(name, tensor)
+            del tensor  # before the next is made
 
     def _change(self, name: str, tensor: torch.Tensor) -> Named:
         delta = encode(self._kept[name].to(tensor.device), tensor)

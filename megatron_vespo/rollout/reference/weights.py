@@ -8,16 +8,16 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
+from megatron_vespo.rollout.reference.parameters import parameters_by_hf_name
 from megatron_vespo.weights.buckets import TensorSpec, unpack
 from megatron_vespo.weights.checksum import checksum
 from megatron_vespo.weights.fp8 import SCALE_SUFFIX, dequantise_blocks
@@ -104,24 +104,6 @@ class WeightUpdates:
         if self._targets[name].shape != tensor.shape:
             raise ValueError(f"{name}: came as {list(tensor.shape)}, is {list(self._targets[name].shape)} here")
         self._targets[name].copy_(tensor)
-
-
-def parameters_by_hf_name(module: Any) -> dict[str, torch.Tensor]:
-    """Where each tensor of an HF checkpoint lies in a live model: views of its parameters, fused experts included.
-
-    It is what ``save_pretrained`` would write, before it is written. Raises ValueError for a family whose checkpoint
-    is not made of views.
-    """
-    state = module.state_dict()
-    views = revert_weight_conversion(module, state)
-    live = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
-    for name, view in views.items():
-        if view.untyped_storage().data_ptr() not in live:
-            raise ValueError(
-                f"{name}: not a part of one parameter in {type(module).__name__}, so that it cannot be loaded in "
-                "place; use sync.transport=disk"
-            )
-    return views
 
 
 # --- routes ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 
 import torch
-from torch.distributed import DistStoreError
+from torch.distributed import DistStoreError, TCPStore
 
 from megatron_vespo.weights.buckets import Bucket
 from megatron_vespo.weights.groups import BroadcastGroup, has_joined, open_store
@@ -31,6 +31,7 @@ class Broadcast:
         self.engines, self.address, self.backend, self.device = engines, address, backend, device
         self.timeout = timedelta(seconds=timeout_s)
         self.group = ""
+        self._store: TCPStore
         self._members: BroadcastGroup | None = None
         self._buffer: torch.Tensor | None = None
 
@@ -41,27 +42,29 @@ class Broadcast:
         sizes = on_each(self.engines, lambda engine: engine.ranks())
         *firsts, size = itertools.accumulate(sizes, initial=1)
         self.group = f"weights-{os.getpid()}-{next(_GROUPS)}"
-        store = open_store(self.address, self.timeout)
+        self._store = open_store(self.address, self.timeout)
+        port = self._store.port
 
         def join(engine: EngineWeights, first: int) -> None:
-            engine.join_broadcast(self.group, self.address, store.port, first, size, self.backend)
+            engine.join_broadcast(self.group, self.address, port, first, size, self.backend)
 
         def wait_for_all() -> None:
-            self._members = BroadcastGroup(self.group, store, 0, size, self.backend, self.timeout)
+            self._members = BroadcastGroup(self.group, self._store, 0, size, self.backend, self.timeout)
 
+        joins: list[Callable[[], None]] = [partial(join, *each) for each in zip(self.engines, firsts, strict=True)]
         try:
-            joins: list[Callable[[], None]] = [partial(join, *each) for each in zip(self.engines, firsts, strict=True)]
             at_once([wait_for_all, *joins])
         except DistStoreError as error:
             absent = [
                 engine.url
                 for engine, first, ranks in zip(self.engines, firsts, sizes, strict=True)
-                if not all(has_joined(store, rank) for rank in range(first, first + ranks))
+                if not all(has_joined(self._store, rank) for rank in range(first, first + ranks))
             ]
+            del self._store  # so that those who did come wait no longer
             raise SyncError(
                 f"{', '.join(absent) or 'an engine'} did not join the broadcast of weights within "
-                f"{self.timeout.total_seconds():g} s (sync.timeout_s); can it reach {self.address}:{store.port}?"
-            ) from error
+                f"{self.timeout.total_seconds():g} s (sync.timeout_s); can it reach {self.address}:{port}?"
+            ) from error.with_traceback(None)  # whose frames hold the store
 
     def buffer(self, size: int) -> torch.Tensor:
         if self._buffer is None or len(self._buffer) < size:
@@ -80,4 +83,5 @@ class Broadcast:
     def close(self) -> None:
         if self._members is not None:
             on_each(self.engines, lambda engine: engine.leave_broadcast(self.group))
+            del self._store
         self._members = self._buffer = None

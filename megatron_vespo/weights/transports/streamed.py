@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron_vespo.weights.buckets import Bucket, Named, fill_buckets
+from megatron_vespo.weights.fp8 import quantise_stream
 from megatron_vespo.weights.sync import EngineWeights, SyncError, SyncReport, on_each, prove
 from megatron_vespo.weights.wire import Outgoing
 
@@ -35,9 +36,16 @@ class StreamedTransport:
     """The sender holds a bucket, one whole tensor and, for deltas, the last version in host memory."""
 
     def __init__(
-        self, engines: Sequence[EngineWeights], channel: Channel, *, bucket_bytes: int, delta: bool = False
+        self,
+        engines: Sequence[EngineWeights],
+        channel: Channel,
+        *,
+        bucket_bytes: int,
+        delta: bool = False,
+        fp8: bool = False,
     ) -> None:
-        self.engines, self.channel, self.bucket_bytes = engines, channel, bucket_bytes
+        """``fp8``: the engines compute with weights in fp8 blocks, which are made here and take half the bytes."""
+        self.engines, self.channel, self.bucket_bytes, self.fp8 = engines, channel, bucket_bytes, fp8
         self.outgoing = Outgoing(delta=delta)
 
     def publish(self, version: int, tensors: Iterable[Named]) -> SyncReport:
@@ -46,7 +54,7 @@ class StreamedTransport:
         on_each(self.engines, lambda engine: engine.pause())
         full = self._must_send_all(on_each(self.engines, lambda engine: engine.begin_update()))
         size = 0
-        stream = self.outgoing.encode(tensors, full=full)
+        stream = self.outgoing.encode(quantise_stream(tensors) if self.fp8 else tensors, full=full)
         for bucket in fill_buckets(stream, self.channel.buffer, self.bucket_bytes):
             self.channel.send(bucket)
             size += len(bucket.flat)
