@@ -204,8 +204,14 @@ class CheckpointConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["disk"] = "disk"
-    """How weights reach the engines."""
+    transport: Literal["disk", "broadcast", "shared_memory"] = "disk"
+    """How weights reach the engines: through a folder, over the network to all at once, in memory of one machine."""
+    delta: bool = False
+    """Send only what changed since the last sync (broadcast, shared_memory); keeps a copy at both ends."""
+    bucket_mb: PositiveInt = 512
+    """MiB sent at a time, which is what the sender holds beside one whole tensor."""
+    timeout_s: PositiveFloat = 120
+    """Seconds that the engines may take to join a broadcast, and a bucket to reach them."""
     folder: Path | None = None
     """Where the disk transport writes; None: shared memory (/dev/shm) if there is room, else the run directory."""
     probe_tolerance: PositiveFloat | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
@@ -17,6 +18,7 @@ from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.rollout.precision import refusal
 
 GIB = 1 << 30
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
@@ -56,6 +58,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
     layout = _check_layout(config, hf_config)
+    _check_sync(config)
     try:
         check_router_losses(hf_config, config.model)
         objective_of(config)
@@ -146,3 +149,31 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")
+
+
+def _check_sync(config: RunConfig) -> None:
+    """Transports that cannot reach the engines."""
+    sync = config.sync
+    elsewhere = [url for url in config.rollout.urls if urlsplit(url).hostname not in LOOPBACK]
+    if sync.delta and sync.transport == "disk":
+        raise ConfigError(
+            "sync.delta = true with sync.transport = disk: a folder holds whole weights; "
+            "set sync.transport to broadcast or shared_memory, or sync.delta to false"
+        )
+    if sync.transport == "shared_memory":
+        if config.cluster.nodes > 1 or config.cluster.address:
+            raise ConfigError(
+                f"sync.transport = shared_memory with cluster.nodes = {config.cluster.nodes}, cluster.address = "
+                f"{config.cluster.address}: an engine may run on another machine than the trainer's first rank; "
+                "set sync.transport to broadcast or disk"
+            )
+        if elsewhere:
+            raise ConfigError(
+                f"sync.transport = shared_memory with rollout.urls of another machine, {elsewhere[0]}; "
+                "set sync.transport to broadcast or disk"
+            )
+    if sync.transport == "disk" and elsewhere and sync.folder is None:
+        raise ConfigError(
+            f"sync.transport = disk with rollout.urls of another machine, {elsewhere[0]}, and no sync.folder; "
+            "give a folder that it can read too, or set sync.transport to broadcast"
+        )

@@ -16,6 +16,7 @@ import torch
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
@@ -39,12 +40,9 @@ from megatron_vespo.samples.dataset import PromptStream, load_prompts
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 from megatron_vespo.samples.weight_table import WeightTable, stacked
+from megatron_vespo.weights.sync import SyncError
 
 PROBE_SEQUENCES = 4
-
-
-class SyncError(RuntimeError):
-    """The engines do not compute what the trainer computes after a weight sync."""
 
 
 @dataclass
@@ -156,10 +154,14 @@ class Run:
 
     def sync_weights(self) -> None:
         """Bring every engine to the current version, and measure that it computes what the trainer computes."""
-        folder = self.trainers.publish(sync_folder(self.config), self.version)
-        self.engines.pool.update_weights_from_disk(folder, self.version)
-        if not self.probe:
-            return
+        report = self.trainers.publish(self.version, [engine.url for engine in self.engines.pool.engines])
+        for name, value in report.metrics().items():
+            self.metrics.add(name, value, 1.0)
+        if self.probe:
+            self.probe_engines()
+
+    def probe_engines(self) -> None:
+        """How far the engines' log-probs of fixed responses are from the trainer's."""
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
         differences = [
@@ -300,13 +302,3 @@ def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
         suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,
     )
-
-
-def sync_folder(config: RunConfig) -> Path:
-    """Where weights are handed over: memory that one node's processes share, or the run's folder between nodes."""
-    directory, shared = config.directory.resolve(), Path("/dev/shm")
-    if config.sync.folder is not None:
-        return config.sync.folder.resolve()
-    if config.cluster.nodes > 1 or config.cluster.address or not shared.is_dir():
-        return directory / "sync"
-    return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"

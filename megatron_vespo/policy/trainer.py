@@ -41,7 +41,7 @@ from megatron_vespo.samples.weight_table import WeightTable
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.save import save_hf_folder
-from megatron_vespo.weights.sync import DiskTransport
+from megatron_vespo.weights.sync import SyncReport, WeightTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +179,15 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def publish(self, folder: Path, version: int) -> Path:
-        """Hand the current weights to the engines through ``folder``; returns what they are to load."""
-        transport = DiskTransport(folder, self.config.model.path)
-        return transport.publish(version, export_hf(self.models, self.hf_config))
+    def publish(self, transport: WeightTransport | None, version: int) -> SyncReport | None:
+        """Bring the engines to the current weights. Rank 0 of the world has the transport and the report of it; the
+        other ranks gather."""
+        tensors = export_hf(self.models, self.hf_config)
+        if transport is not None:
+            return transport.publish(version, tensors)
+        for _ in tensors:
+            pass
+        return None
 
     def export_hf(self, folder: Path) -> None:
         """Write the current weights as an HF folder that transformers loads."""

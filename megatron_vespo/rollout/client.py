@@ -146,8 +146,16 @@ class HttpEngine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        asked = f"{path} {body or ''}".rstrip()
+    def control(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, asked: str | None = None
+    ) -> dict[str, Any]:
+        """The JSON answer of a control route. ``asked`` names the call in an error, where the body is long."""
+        return self._call(method, path, body, asked).json()
+
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, asked: str | None = None
+    ) -> httpx.Response:
+        asked = asked or f"{path} {body or ''}".rstrip()
         try:
             return self._checked(self._control.request(method, path, json=body), asked)
         except httpx.TransportError as error:

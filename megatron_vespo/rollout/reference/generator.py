@@ -33,6 +33,7 @@ class Generator(threading.Thread):
         self._to_score: list[Sequence] = []
         self._paused = False
         self._stale_cache = False
+        self._updating = False
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
 
@@ -55,6 +56,17 @@ class Generator(threading.Thread):
     def swap(self, model: ReferenceModel, version: int) -> Future[None]:
         """Go on under other weights: running sequences keep their tokens, and their keys are computed anew."""
         return self.call(lambda: self._swap(model, version))
+
+    def begin_update(self) -> Future[ReferenceModel]:
+        """Stand still, scoring included: the caller may write the weights until ``end_update``. Needs a pause."""
+        return self.call(self._begin_update)
+
+    def end_update(self) -> Future[None]:
+        """Move again, running sequences with their keys computed anew."""
+        return self.call(self._end_update)
+
+    def set_version(self, version: int) -> Future[None]:
+        return self.call(lambda: setattr(self, "version", version))
 
     def call(self, command: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -95,9 +107,13 @@ class Generator(threading.Thread):
                 future.set_exception(error)
 
     def _has_work(self) -> bool:
+        if self._updating:
+            return False
         return bool(self._to_score) or (not self._paused and bool(self._batch.count or self._waiting))
 
     def _advance(self) -> None:
+        if self._updating:
+            return
         if self._to_score:
             self._score()
         if self._paused:
@@ -139,6 +155,19 @@ class Generator(threading.Thread):
 
     def _swap(self, model: ReferenceModel, version: int) -> None:
         self.model, self.version, self._stale_cache = model, version, True
+
+    def _begin_update(self) -> ReferenceModel:
+        if not self._paused:
+            raise ValueError("pause_generation must come before begin_weight_update")
+        if self._updating:
+            raise ValueError("a weight update is open already; end_weight_update ends it")
+        self._updating = True
+        return self.model
+
+    def _end_update(self) -> None:
+        if not self._updating:
+            raise ValueError("no weight update is open")
+        self._updating, self._stale_cache = False, True
 
     def _abort(self, rid: str | None) -> None:
         rows = [row for row, sequence in enumerate(self._batch.sequences) if rid in (None, sequence.rid)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,13 @@ import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from megatron_vespo.rollout.reference.batch import Result, Sequence
+from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
-
-
-class Body(BaseModel):
-    # A field of SGLang's that this engine would ignore is refused: silence would be a wrong answer.
-    model_config = ConfigDict(extra="forbid")
+from megatron_vespo.rollout.reference.weights import WeightUpdates, weight_routes
 
 
 class SamplingBody(Body):
@@ -59,16 +57,18 @@ class AbortBody(Body):
 def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> FastAPI:
     """Routes over a running generator. ``random_seed`` starts the seeds of requests that bring none."""
     app = FastAPI(openapi_url=None)
+    updates = WeightUpdates(generator)
+    app.include_router(weight_routes(updates))
     unseeded = itertools.count(random_seed << 32)
 
     @app.exception_handler(Exception)
     def failed(_: Request, error: Exception) -> JSONResponse:
-        return _refusal(500, repr(error))
+        return refusal(500, repr(error))
 
     @app.get("/health")
     def health() -> Response:
         if generator.failure is not None:
-            return _refusal(503, f"the generator thread has died: {generator.failure!r}")
+            return refusal(503, f"the generator thread has died: {generator.failure!r}")
         return Response()
 
     @app.get("/model_info")
@@ -95,10 +95,11 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
             now = generator.model
             model = await asyncio.to_thread(ReferenceModel, body.model_path, dtype, now.context_length, now.fp8)
             _check_same_shape(generator.model, model)
+            checksums = await asyncio.to_thread(updates.replaced_by, body.model_path)
         except (ValueError, OSError) as error:
-            return _refusal(400, str(error))
+            return refusal(400, str(error))
         await asyncio.wrap_future(generator.swap(model, version))
-        return JSONResponse({"success": True, "message": f"weights of {body.model_path} are version {version}"})
+        return JSONResponse({"success": True, "message": json.dumps({"checksums": checksums})})
 
     @app.post("/pause_generation")
     async def pause_generation(body: PauseBody) -> Response:
@@ -119,10 +120,6 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
         return Response()
 
     return app
-
-
-def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message}}, status_code=status)
 
 
 def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.count) -> list[Sequence]:
