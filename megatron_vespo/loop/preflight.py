@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout.launch import flag_names
+from megatron_vespo.rollout.protocol import EngineError
 
 GIB = 1 << 30
 
@@ -54,6 +57,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
+    _check_engines(config)
     try:
         layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
         check_architecture(hf_config)
@@ -68,6 +72,19 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         except CheckpointError as error:
             raise ConfigError(str(error)) from None
     return Plan(config, hf_config, layout, missing)
+
+
+def _check_engines(config: RunConfig) -> None:
+    rollout = config.rollout
+    try:
+        flag_names(rollout.engine_args)
+    except EngineError as error:
+        raise ConfigError(str(error)) from None
+    if rollout.urls_key_env is not None and not os.environ.get(rollout.urls_key_env):
+        raise ConfigError(
+            f"rollout.urls_key_env = {rollout.urls_key_env!r}: no such environment variable is set; "
+            "export the engines' key in it, or leave the field out"
+        )
 
 
 def _absent_files(config: RunConfig) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_vespo.cluster.engine_group import EngineGroup
-from megatron_vespo.cluster.ray_cluster import ray_cluster
+from megatron_vespo.cluster.ray_cluster import ray_cluster, spans_nodes
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
@@ -28,7 +28,7 @@ from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.worker import RewardWorkers
-from megatron_vespo.rollout.protocol import SamplingParams
+from megatron_vespo.rollout.protocol import EngineError, SamplingParams
 from megatron_vespo.rollout.sampling import sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
 from megatron_vespo.samples.records import Prompt, Sample
@@ -37,7 +37,7 @@ from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 PROBE_SEQUENCES = 4
 
 
-class SyncError(RuntimeError):
+class SyncError(EngineError):
     """The engines do not compute what the trainer computes after a weight sync."""
 
 
@@ -141,18 +141,24 @@ class Run:
             return
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
-        worst = 0.0
-        for engine in self.engines.pool.engines:
-            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True):
+        version, tolerance = self.version, self.config.sync.probe_tolerance
+
+        def check(scores: Sequence[np.ndarray]) -> float:
+            worst = 0.0
+            for sample, ours, scored in zip(self.probe, expected, scores, strict=True):
                 theirs = scored[len(sample.prompt.tokens) - 1 :]
                 worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)))
+            if tolerance is not None and not worst <= tolerance:
+                raise SyncError(
+                    f"after the sync to version {version} an engine's log-probs differ from the trainer's by "
+                    f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole, "
+                    "or precisions differ"
+                )
+            return worst
+
+        worst = max(check(scores) for scores in self.engines.pool.score(sequences))
+        self.engines.pool.set_proof(lambda engine: check(engine.score(sequences)))
         self.metrics.add_maximum("sync_probe_max", worst)
-        tolerance = self.config.sync.probe_tolerance
-        if tolerance is not None and not worst <= tolerance:
-            raise SyncError(
-                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by "
-                f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole or precisions differ"
-            )
 
     # ------------------------------------------------------------------------------------------ records
 
@@ -172,6 +178,7 @@ class Run:
             "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
             "tokens_per_s": sum(s.length for s in samples) / sum(seconds.values()),
             **self.metrics.means(),
+            **self.engines.pool.take_counts(),
             "seconds": seconds,
         }
         self.metrics = MetricSums()
@@ -260,6 +267,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         if checkpoint:
             trainers.load(checkpoint)
             prompts.restore(state["prompts"])
+        if checkpoint or config.rollout.urls:
+            # Engines that someone else started may hold anything.
             run.sync_weights()
         yield run
 
@@ -282,6 +291,6 @@ def sync_folder(config: RunConfig) -> Path:
     directory, shared = config.directory.resolve(), Path("/dev/shm")
     if config.sync.folder is not None:
         return config.sync.folder.resolve()
-    if config.cluster.nodes > 1 or config.cluster.address or not shared.is_dir():
+    if spans_nodes(config) or not shared.is_dir():
         return directory / "sync"
     return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"
