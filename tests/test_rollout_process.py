@@ -18,7 +18,7 @@ import pytest
 from local_launcher import KEY, LocalLauncher
 from served_engines import ask
 
-from megatron_vespo.rollout import EngineError, HttpEngine, health, launch_engine
+from megatron_vespo.rollout import EngineError, HttpEngine, dispatch, health, launch_engine
 from megatron_vespo.rollout.process import free_port
 
 pytestmark = pytest.mark.slow
@@ -129,10 +129,11 @@ def test_an_engine_with_a_key_answers_nobody_without_it(folders: tuple[Path, Pat
 
 
 def test_an_engine_that_is_killed_or_stopped_comes_back_with_the_newest_weights(
-    folders: tuple[Path, Path], tmp_path: Path
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dispatch, "PING_EVERY_S", 0.5)
     launcher = LocalLauncher("reference", tmp_path / "log")
-    with launcher.pool(folders[0], hang_timeout_s=3.0) as pool:
+    with launcher.pool(folders[0], hang_timeout_s=6.0) as pool:
         pool.update_weights_from_disk(folders[1], 1)
         requests = [ask(f"r{i}", 300, n=2, seed=10 * i) for i in range(3)]
         undisturbed = pool.generate(requests)
