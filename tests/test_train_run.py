@@ -108,6 +108,10 @@ def is_engine_host(pid: int) -> bool:
     return "EngineHost" in Path(f"/proc/{pid}/cmdline").read_text()
 
 
+def is_ray_agent(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_text().startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+
+
 def kill_those(folder: Path, which: Callable[[int], bool]) -> None:
     pids = [pid for pid in processes_about(str(folder)) if which(pid)]
     assert pids
@@ -148,7 +152,8 @@ def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothin
 def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path, how: str) -> None:
     process = start(make_run(tmp_path, train={"steps": 500}), new_session=True)
     wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
-    family = descendants(process.pid)
+    # After a kill -9 two helpers of Ray's try for a minute or two to tell its dead head so, and then end too.
+    family = {pid for pid in descendants(process.pid) if not (how == "killed" and is_ray_agent(pid))}
     assert len(family) > 6, "Ray, two ranks, a host and its engine, a grader"
     if how == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
