@@ -58,8 +58,8 @@ class TrainerRank:
         self.trainer = PolicyTrainer(config)
         self.sender = WeightSender(config) if rank == 0 else None
 
-    def publish(self, version: int, urls: Sequence[str]) -> SyncReport | None:
-        return self.trainer.publish(self.sender.to(urls) if self.sender else None, version)
+    def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport | None:
+        return self.trainer.publish(self.sender.to(urls, key) if self.sender else None, version)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.trainer, method)(*arguments)
@@ -136,9 +136,9 @@ class TrainerGroup:
         """[K, K] float64: inner products of the objectives' gradients on a mini-batch, over all parameters."""
         return self._all("gradient_products", ray.put(list(samples)), list(objectives))[0]
 
-    def publish(self, version: int, urls: Sequence[str]) -> SyncReport:
-        """Bring the engines at ``urls`` to the current weights. Raises SyncError, EngineError."""
-        return self._gather([actor.publish.remote(version, urls) for actor in self.ranks])[0]
+    def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport:
+        """Bring the engines at ``urls``, which want ``key``, to the current weights. Raises SyncError, EngineError."""
+        return self._gather([actor.publish.remote(version, urls, key) for actor in self.ranks])[0]
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
         self._all("save", folder.resolve(), driver_state)

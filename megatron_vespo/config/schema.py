@@ -105,7 +105,9 @@ class RolloutConfig(Section):
     engines: PositiveInt = 1
     """How many of it."""
     urls: tuple[str, ...] = ()
-    """Engines that someone else started; none is launched then."""
+    """Engines that someone else started; none is launched then, and none restarted."""
+    urls_key_env: str | None = None
+    """Name of the environment variable that holds the key of the engines in urls; None: they want none."""
     precision: Literal["fp32", "bf16", "fp8", "fp8_kv"] = "bf16"
     """Precision the engine computes in. fp8: weights in blocks of 128 x 128, on a GPU activations too; fp8_kv: the KV
     cache alone. On a CPU the reference engine rounds to it (docs/precision.md)."""
@@ -127,12 +129,23 @@ class RolloutConfig(Section):
     """Under dynamic sampling: prompts asked for in a round, over those still missing."""
     max_rounds: PositiveInt = 8
     """Under dynamic sampling: rounds after which groups without spread fill what is still missing."""
-    request_timeout_s: PositiveFloat = 600
-    """Seconds without an answer after which a request counts as hung."""
+    request_timeout_s: PositiveFloat = 1800
+    """Seconds an engine may take over a request before it is cut there and continued, on whichever engine has room."""
+    request_retries: NonNegativeInt = 3
+    """How often a request is sent again, after its engine died, hung or took too long, before the run ends."""
+    in_flight: PositiveInt = 512
+    """Responses an engine is given at a time, where there are several; the rest wait for the first that has room."""
     launch_timeout_s: PositiveFloat = 600
-    """Seconds an engine may take until it answers its health check."""
+    """Seconds an engine may take to load, compile and warm up; it is never ended for that before."""
+    warmup_tokens: NonNegativeInt = 8
+    """Tokens generated before an engine counts as launched, so that it has compiled its kernels by then; 0: none."""
+    hang_timeout_s: PositiveFloat = 300
+    """Seconds without a sign of life after which an engine with work counts as hung. Longer than its longest step."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts in a row of an engine that died or hangs before the run ends; 0: none, the run ends at once."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Further flags for the engine's command line, passed through: {tp-size: 2}."""
+    """Further flags for the engine's command line, passed through: {tp-size: 2}. True: a bare flag; a list: several
+    values; a mapping: JSON."""
 
 
 class DataConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +16,9 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout.launch import flag_names
 from megatron_vespo.rollout.precision import refusal
+from megatron_vespo.rollout.protocol import EngineError
 
 GIB = 1 << 30
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -58,6 +61,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
     layout = _check_layout(config, hf_config)
+    _check_engines(config)
     _check_sync(config)
     try:
         check_router_losses(hf_config, config.model)
@@ -79,6 +83,19 @@ def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     return hf_config, _check_layout(config, hf_config)
+
+
+def _check_engines(config: RunConfig) -> None:
+    rollout = config.rollout
+    try:
+        flag_names(rollout.engine_args)
+    except EngineError as error:
+        raise ConfigError(str(error)) from None
+    if rollout.urls_key_env is not None and not os.environ.get(rollout.urls_key_env):
+        raise ConfigError(
+            f"rollout.urls_key_env = {rollout.urls_key_env!r}: no such environment variable is set; "
+            "export the engines' key in it, or leave the field out"
+        )
 
 
 def _absent_model(config: RunConfig) -> list[str]:

@@ -34,13 +34,15 @@ from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups
-from megatron_vespo.rollout.protocol import SamplingParams
+from megatron_vespo.rollout.protocol import Engine, EngineError, SamplingParams
+from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.rollout.sampling import group_seeds, sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 from megatron_vespo.samples.weight_table import WeightTable, stacked
-from megatron_vespo.weights.sync import SyncError
+from megatron_vespo.weights.sync import SyncError, SyncReport
+from megatron_vespo.weights.transports.disk import version_folder
 
 PROBE_SEQUENCES = 4
 
@@ -154,28 +156,64 @@ class Run:
 
     def sync_weights(self) -> None:
         """Bring every engine to the current version, and measure that it computes what the trainer computes."""
-        report = self.trainers.publish(self.version, [engine.url for engine in self.engines.pool.engines])
-        for name, value in report.metrics().items():
+        for name, value in self.publish_weights().metrics().items():
             self.metrics.add(name, value, 1.0)
         if self.probe:
             self.probe_engines()
+
+    def publish_weights(self) -> SyncReport:
+        """To every engine that serves. One that dies meanwhile is restarted, and brought to this version then."""
+        pool, config = self.engines.pool, self.config
+        while True:
+            urls = [engine.url for engine in pool.engines]
+            try:
+                report = self.trainers.publish(self.version, urls, self.engines.key)
+                break
+            except EngineError:
+                # Under a streamed transport the ranks stand in the middle of a collective: nothing to go on from.
+                if config.sync.transport != "disk" or len(pool.each(lambda engine: engine.weight_version())) == len(
+                    urls
+                ):
+                    raise
+        if config.sync.transport == "disk":
+            folder = version_folder(sync_folder(config), self.version)
+            pool.catch_up(ServedWeights(folder, self.version))
+        else:
+            pool.expect(None)
+        return report
 
     def probe_engines(self) -> None:
         """How far the engines' log-probs of fixed responses are from the trainer's."""
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
-        differences = [
-            ours - scored[len(sample.prompt.tokens) - 1 :]
-            for engine in self.engines.pool.engines
-            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True)
-        ]
-        worst = add_probe(self.metrics, np.concatenate(differences))
-        tolerance = self.config.sync.probe_tolerance
-        if tolerance is not None and not worst <= tolerance:
-            raise SyncError(
-                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by "
-                f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole or precisions differ"
+        version, tolerance = self.version, self.config.sync.probe_tolerance
+
+        def differences(scores: Sequence[np.ndarray]) -> np.ndarray:
+            """[tokens] of one engine. Raises SyncError where one is too large."""
+            found = np.concatenate(
+                [
+                    ours - scored[len(sample.prompt.tokens) - 1 :]
+                    for sample, ours, scored in zip(self.probe, expected, scores, strict=True)
+                ]
             )
+            worst = float(np.abs(found).max(initial=0.0))
+            if tolerance is not None and not worst <= tolerance:
+                raise SyncError(
+                    f"after the sync to version {version} an engine's log-probs differ from the trainer's by "
+                    f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole, "
+                    "or precisions differ"
+                )
+            return found
+
+        add_probe(self.metrics, np.concatenate([differences(s) for s in self.engines.pool.score(sequences)]))
+
+        def proof(engine: Engine) -> None:
+            try:
+                differences(engine.score(sequences))
+            except SyncError as error:
+                raise EngineError(str(error)) from None
+
+        self.engines.pool.set_proof(proof)
 
     # ------------------------------------------------------------------------------------------ records
 
@@ -197,6 +235,7 @@ class Run:
             **self.metrics.means(),
             **health_metrics(stacked(self.weights)),
             **mismatch_metrics(samples),
+            **self.engines.pool.take_counts(),
             "seconds": seconds,
         }
         self.metrics, self.weights = MetricSums(), []
@@ -287,6 +326,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         if checkpoint:
             trainers.load(checkpoint)
             prompts.restore(state["prompts"])
+        if checkpoint or config.rollout.urls:
+            # Engines that someone else started may hold anything.
             run.sync_weights()
         yield run
 

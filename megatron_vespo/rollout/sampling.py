@@ -64,4 +64,5 @@ def _sample(name: str, prompt: Prompt, generation: Generation, tokenizer: Any) -
         finish_reason=generation.finish_reason,
         text=tokenizer.decode(generation.tokens, skip_special_tokens=True),
         routed_experts=generation.routed_experts,
+        metadata={"rollout_retries": list(generation.retries)} if generation.retries else {},
     )

@@ -116,7 +116,8 @@ class RunningBatch:
         self._reserve(count, int(self.length[:count].max()) + 1, 0)
         rows, length = torch.arange(count), self.length[:count]
         logits = model.decode(self.cache, self.tokens[rows, length - 1], length - 1)
-        draws = uniforms(self.seed[:count].numpy().view(np.uint64), (length - self.prompt_length[:count]).numpy())
+        # By the place in prompt + response: a response sent again as part of a prompt goes on with its own draws.
+        draws = uniforms(self.seed[:count].numpy().view(np.uint64), length.numpy())
         sampling = SamplingRows(self.temperature[:count], self.top_p[:count], self.top_k[:count])
         tokens, logprobs = sample(logits, sampling, torch.from_numpy(draws))
         self.tokens[rows, length] = tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from megatron_vespo.rollout.protocol import PauseMode
 from megatron_vespo.rollout.reference.batch import Result, Sequence
 from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
@@ -46,7 +49,7 @@ class UpdateBody(Body):
 
 
 class PauseBody(Body):
-    mode: str = "retract"
+    mode: PauseMode = "abort"
 
 
 class AbortBody(Body):
@@ -54,12 +57,15 @@ class AbortBody(Body):
     abort_all: bool = False
 
 
-def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> FastAPI:
-    """Routes over a running generator. ``random_seed`` starts the seeds of requests that bring none."""
+def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: str | None = None) -> FastAPI:
+    """Routes over a running generator. ``random_seed`` starts the seeds of requests that bring none. With a ``key``
+    only /health answers a request that does not bear it."""
     app = FastAPI(openapi_url=None)
     updates = WeightUpdates(generator)
     app.include_router(weight_routes(updates))
     unseeded = itertools.count(random_seed << 32)
+    if key is not None:
+        app.add_middleware(KeyCheck, key=key)
 
     @app.exception_handler(Exception)
     def failed(_: Request, error: Exception) -> JSONResponse:
@@ -74,6 +80,10 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
     @app.get("/model_info")
     def model_info() -> JSONResponse:
         return JSONResponse({"weight_version": str(generator.version)})
+
+    @app.get("/server_info")
+    async def server_info() -> JSONResponse:
+        return JSONResponse(await asyncio.wrap_future(generator.describe()))
 
     @app.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> JSONResponse:
@@ -98,14 +108,15 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
             checksums = await asyncio.to_thread(updates.replaced_by, body.model_path)
         except (ValueError, OSError) as error:
             return refusal(400, str(error))
-        await asyncio.wrap_future(generator.swap(model, version))
+        try:
+            await asyncio.wrap_future(generator.swap(model, version, recompute=body.flush_cache))
+        except ValueError as error:
+            return refusal(400, str(error))
         return JSONResponse({"success": True, "message": json.dumps({"checksums": checksums})})
 
     @app.post("/pause_generation")
     async def pause_generation(body: PauseBody) -> Response:
-        if body.mode != "retract":
-            raise HTTPException(400, f"the reference engine pauses with mode 'retract' only, not {body.mode!r}")
-        await asyncio.wrap_future(generator.pause())
+        await asyncio.wrap_future(generator.pause(body.mode))
         return Response()
 
     @app.post("/continue_generation")
@@ -120,6 +131,21 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
         return Response()
 
     return app
+
+
+class KeyCheck:
+    """Refuses what does not bear the key. Plain ASGI: FastAPI's own middleware hides a client's disconnection."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.expected = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.expected):
+                await refusal(401, "this engine wants a key")(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.count) -> list[Sequence]:
