@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rollout_checkpoints import EOS, VOCABULARY, load_plain, plain_logprobs, save_checkpoint
+from rollout_checkpoints import EOS, ROUTING, VOCABULARY, load_plain, plain_logprobs, plain_routing, save_checkpoint
 
 from megatron_vespo.rollout import EngineError, GenerateRequest, Generation, HttpEngine, SamplingParams, launch_engine
 from megatron_vespo.rollout.process import free_port
@@ -32,6 +32,7 @@ PROMPT = np.array([7, 3, 99, 140, 20, 61, 8], np.int32)
 class Served:
     """A running engine and the two checkpoints it is switched between."""
 
+    kind: str
     engine: HttpEngine
     folders: tuple[Path, Path]
     models: tuple[torch.nn.Module, torch.nn.Module]
@@ -63,10 +64,12 @@ def served(
     request: pytest.FixtureRequest, folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     log_file = tmp_path_factory.mktemp("logs") / f"{request.param}.log"
-    engine = launch_engine(request.param, folders[0], log_file=log_file, precision="fp32", request_timeout_s=120)
+    engine = launch_engine(
+        request.param, folders[0], log_file=log_file, precision="fp32", routed_experts=True, request_timeout_s=120
+    )
     process = engine._process
     assert process is not None and process.pids()
-    yield Served(engine, folders, (load_plain(folders[0]), load_plain(folders[1])))
+    yield Served(request.param, engine, folders, (load_plain(folders[0]), load_plain(folders[1])))
     engine.shutdown()
     assert process.pids() == [], "shutdown left processes behind"
 
@@ -185,6 +188,64 @@ def test_paused_responses_go_on_under_new_weights_with_versions_kept(served: Ser
             span = got.weight_versions == version
             expected = plain_logprobs(model, prompt, got.tokens)
             np.testing.assert_allclose(got.logprobs[span], expected[span], atol=TOLERANCE, rtol=0)
+
+
+def assert_own_routing(served: Served, index: int, prompt: np.ndarray, got: Generation, tokens: slice) -> None:
+    """``tokens`` of prompt and response went where transformers sends them, slot by slot."""
+    expected = plain_routing(served.models[index], np.concatenate([prompt, got.tokens]))
+    assert got.routed_experts is not None and got.routed_experts.dtype == np.uint8
+    assert got.routed_experts.shape == (len(prompt) + len(got.tokens) - 1, *expected.shape[1:])
+    np.testing.assert_array_equal(got.routed_experts[tokens], expected[:-1][tokens])
+
+
+def test_the_routing_is_that_of_transformers(served: Served) -> None:
+    for index in (1, 0):
+        served.load(index)
+        prompts = [PROMPT, PROMPT[:1], np.tile(PROMPT, 9)]
+        requests = [ask(f"r{index}{i}", 12 + 30 * i, prompt=p, n=3) for i, p in enumerate(prompts)]
+        for i in (0, 2):  # the one between is not asked for its own
+            requests[i].routing = ROUTING
+        first, second, third = served.engine.generate(requests)
+        assert all(got.routed_experts is None for got in second)
+        for prompt, group in ((PROMPT, first), (prompts[2], third)):
+            for got in group:
+                assert_own_routing(served, index, prompt, got, slice(None))
+
+
+def test_after_a_swap_the_reference_engine_keeps_the_routing_that_sampled_and_sglang_the_newest(served: Served) -> None:
+    old = served.load(0)
+    request = ask("swapped", 700)
+    request.routing = ROUTING
+    answer = in_background(served, [request])
+    time.sleep(0.5)
+    served.engine.pause()
+    try:
+        served.load(1)
+    finally:
+        served.engine.resume()
+    ((got,),) = answer.result(timeout=120)
+    # The last token that the old weights sampled is first computed by the new ones.
+    computed_by_old = len(PROMPT) + int((got.weight_versions == old).sum()) - 1
+    assert len(PROMPT) < computed_by_old < len(PROMPT) + 699
+    before, after = slice(computed_by_old), slice(computed_by_old, None)
+    assert_own_routing(served, 0 if served.kind == "reference" else 1, PROMPT, got, before)
+    assert_own_routing(served, 1, PROMPT, got, after)
+
+
+def test_an_aborted_response_has_the_routing_of_what_it_has(served: Served) -> None:
+    served.load(0)
+    request = ask("cut", 1500)
+    request.routing = ROUTING
+    answer = in_background(served, [request])
+    time.sleep(0.5)
+    served.engine.abort("cut")
+    ((got,),) = answer.result(timeout=30)
+    assert got.finish_reason == "abort" and 0 < len(got.tokens) < 1500
+    assert_own_routing(served, 0, PROMPT, got, slice(None))
+
+
+def test_an_engine_says_whether_it_returns_routing(served: Served) -> None:
+    assert served.engine.returns_routing()
 
 
 def test_abort_ends_one_group_or_all_with_what_they_have(served: Served) -> None:

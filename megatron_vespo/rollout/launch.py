@@ -26,6 +26,7 @@ def launch_engine(
     seed: int = 0,
     weight_version: int = 0,
     engine_args: Mapping[str, Any] | None = None,
+    routed_experts: bool = False,
     launch_timeout_s: float = 600.0,
     request_timeout_s: float = 600.0,
 ) -> HttpEngine:
@@ -35,6 +36,7 @@ def launch_engine(
         model_path: HF-format checkpoint folder, whose weights become ``weight_version``.
         engine_args: further flags of the engine's command line, named as there without the dashes; True gives a bare
             flag, a list several values. They override ours.
+        routed_experts: requests may ask for their routing (the reference engine always answers them).
 
     Raises:
         EngineError: it ended early or was not healthy in time; the message holds the end of its log.
@@ -49,7 +51,7 @@ def launch_engine(
     }
     extra = {name.replace("_", "-"): value for name, value in (engine_args or {}).items()}
     if kind == "sglang":
-        module, flags, env = sglang.command(flags)
+        module, flags, env = sglang.command(flags | {"enable-return-routed-experts": routed_experts})
     else:
         module, env = "megatron_vespo.rollout.reference", {"OMP_NUM_THREADS": str(extra.get("threads", 1))}
     flags |= extra

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_vespo.samples.records import FinishReason
+from megatron_vespo.samples.records import FinishReason, RoutingShape
 
 
 class EngineError(RuntimeError):
@@ -43,7 +43,8 @@ class GenerateRequest:
     n: int = 1
     seed: int | None = None
     """Response i is drawn with seed + i where the engine honours seeds (the reference engine does)."""
-    return_routed_experts: bool = False
+    routing: RoutingShape | None = None
+    """Set: the experts that each token was sent to come back with the responses."""
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class Generation:
     weight_versions: np.ndarray
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = None
+    """As ``Sample.routed_experts``, where the request asked; None all the same for one that ended before it began."""
 
 
 class Engine(Protocol):

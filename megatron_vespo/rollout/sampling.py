@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_vespo.rollout.pool import EnginePool
 from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 
 
 def sample_groups(
@@ -21,11 +21,13 @@ def sample_groups(
     batch: str,
     seed: Sequence[int],
     tokenizer: Any,
+    routing: RoutingShape | None = None,
 ) -> list[Sample]:
     """``samples_per_prompt`` responses to each prompt, groups side by side in the order of ``prompts``.
 
     batch: names the rollout batch in the samples' ids. seed: numbers that, with the prompt's place, make its seed, so
-    that a resumed run draws what the undisturbed one would have drawn.
+    that a resumed run draws what the undisturbed one would have drawn. routing: the model's, where the samples are to
+    come with their routed experts.
     """
     requests = [
         GenerateRequest(
@@ -34,6 +36,7 @@ def sample_groups(
             sampling=sampling,
             n=samples_per_prompt,
             seed=int(np.random.SeedSequence([*seed, place]).generate_state(1)[0] & 0x7FFFFFFF),
+            routing=routing,
         )
         for place, prompt in enumerate(prompts)
     ]

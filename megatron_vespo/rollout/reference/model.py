@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from megatron_vespo.rollout.reference.routing import Routers
+
 PREFILL_TOKENS = 8192
 """Padded tokens in one prefill or scoring forward; bounds its memory."""
 
@@ -141,6 +143,7 @@ class ReferenceModel:
                 f"checkpoint {folder} lacks or mis-shapes {len(wrong)} tensors, the first: {wrong[0]}; export it again"
             )
         self.module = model.eval().requires_grad_(False)
+        self.routers = Routers(model)
         self.config = config.get_text_config(decoder=True)
         self.vocab_size: int = self.config.vocab_size
         self.eos_token_ids = _eos_token_ids(folder, self.config)
