@@ -33,6 +33,7 @@ class EngineHost:
             precision=rollout.precision,
             log_file=self.log_file,
             engine_args=dict(rollout.engine_args),
+            routed_experts=config.model.replays_engine_routing,
             seed=config.seed + index,
             launch_timeout_s=rollout.launch_timeout_s,
         )

@@ -34,6 +34,13 @@ class ModelConfig(Section):
     """Log-probs from hidden states tile by tile, or through the logits of a whole micro-batch (same numbers)."""
     router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the MoE router's logits; None keeps the model's."""
+    routing_replay: Literal["none", "r2", "r3", "both"] = "none"
+    """Which experts tokens go to in the update: r2, those of the old-log-prob pass; r3, the engine's, in the
+    old-log-prob pass too; both, the engine's where it gave them and r2's elsewhere (docs/routing_replay.md)."""
+
+    @property
+    def replays_engine_routing(self) -> bool:
+        return self.routing_replay in ("r3", "both")
 
 
 class ParallelConfig(Section):

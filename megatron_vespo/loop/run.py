@@ -26,12 +26,13 @@ from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
+from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.protocol import SamplingParams
 from megatron_vespo.rollout.sampling import sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 
 PROBE_SEQUENCES = 4
@@ -54,6 +55,8 @@ class Run:
     tokenizer: Any
     writer: RunWriter
     progress: RunProgress
+    routing: RoutingShape | None = None
+    """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     version: int = 0
@@ -79,7 +82,13 @@ class Run:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int, *, batch: str
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples_per_prompt: int,
+        *,
+        batch: str,
+        routing: RoutingShape | None = None,
     ) -> list[Sample]:
         return sample_groups(
             self.engines.pool,
@@ -89,12 +98,13 @@ class Run:
             batch=f"{self.step}/{batch}",
             seed=(self.config.seed, self.step, len(batch)),
             tokenizer=self.tokenizer,
+            routing=routing,
         )
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Sample]:
         settings = self.config.rollout
         sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
-        return self.sample(prompts, sampling, settings.samples_per_prompt, batch="train")
+        return self.sample(prompts, sampling, settings.samples_per_prompt, batch="train", routing=self.routing)
 
     def score(self, samples: Sequence[Sample]) -> None:
         graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
@@ -115,10 +125,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
+    def recompute_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
         """log pi_old: the trainer still holds the weights that sampled."""
-        found = self.trainers.compute_logprobs(samples, self.config.rollout.temperature)
-        for sample, logprobs in zip(samples, found, strict=True):
+        metrics, found = self.trainers.compute_old_logprobs(mini_batch)
+        for name, (total, denominator) in metrics.items():
+            self.metrics.add(name, total, denominator)
+        for sample, logprobs in zip(mini_batch, found, strict=True):
             sample.old_logprobs = logprobs
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
@@ -254,6 +266,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             tokenizer=tokenizer,
             writer=writer,
             progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
+            routing=_engine_routing(config),
             step=state["step"],
             version=state["version"],
         )
@@ -275,6 +288,13 @@ def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
         suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,
     )
+
+
+def _engine_routing(config: RunConfig) -> RoutingShape | None:
+    """What the engines are asked to return with each response."""
+    from transformers import AutoConfig
+
+    return routing_shape(AutoConfig.from_pretrained(config.model.path)) if config.model.replays_engine_routing else None
 
 
 def sync_folder(config: RunConfig) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.fused_logprobs import fused_logprobs
 from megatron_vespo.policy.logprobs import plain_logprobs
 from megatron_vespo.policy.model import Head
+from megatron_vespo.policy.routing_replay import MicroBatchRouting
 from megatron_vespo.samples.packing import PackedBatch
 
 MetricTable = dict[str, tuple[float, float]]
@@ -69,22 +71,27 @@ def run_micro_batches(
     loss: Any,
     *,
     forward_only: bool,
+    routings: Sequence[MicroBatchRouting] | None = None,
 ) -> list[Any]:
     """Drive ``batches`` through the schedule of the layout; returns what ``loss`` reported, on the last stage.
 
     batches: this rank's shards. loss: (batch, [2, T] from the head) -> what megatron-core's schedule expects.
+    routings: what the routers replay and record, one a batch; None: nothing.
     """
 
-    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = next(iterator)
+    def forward_step(
+        iterator: Iterator[tuple[PackedBatch, MicroBatchRouting | None]], chunk: torch.nn.Module
+    ) -> tuple[torch.Tensor, Any]:
+        batch, routing = next(iterator)
         packing = packed_seq_params(batch.cu_seqlens)
+        packing.routing = routing  # for LayerReplay.before_layer
         output = chunk(batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels))
         return output, partial(loss, batch)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         # Every model chunk of an interleaved pipeline walks the same micro-batches.
-        data_iterator=[iter(batches) for _ in chunks],
+        data_iterator=[zip(batches, routings or repeat(None)) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
         seq_length=max(len(batch.tokens) for batch in batches),
@@ -138,6 +145,7 @@ def search_bounds(
     batches: Sequence[PackedBatch],
     head: LogprobHead,
     totals: dict[str, float],
+    routings: Sequence[MicroBatchRouting] | None = None,
 ) -> ComposedObjective:
     """For an objective that searches something over the whole mini-batch (BAPO, M2PO): measure it in a forward pass of
     its own, at the weights that the gradient will be taken at. Off the last stage nothing asks for the result."""
@@ -146,7 +154,7 @@ def search_bounds(
         return objective.measure(objective_inputs(batch, scores, **totals))
 
     with torch.no_grad():
-        shares = run_micro_batches(chunks, batches, head, measure, forward_only=True)
+        shares = run_micro_batches(chunks, batches, head, measure, forward_only=True, routings=routings)
     if not shares:
         return objective
     sums = torch.stack(shares).sum(0)

@@ -6,7 +6,7 @@ Every method is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
+from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -40,13 +41,13 @@ from megatron_vespo.weights.sync import DiskTransport
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What one rank tells of an optimizer update."""
+class PassResult:
+    """What one rank tells of a pass over a mini-batch: that of the old log-probs, or an update."""
 
     metrics: MetricTable
-    """Of the whole mini-batch on the last pipeline stage, else {}."""
+    """Of the whole mini-batch; an update's are {} off the last pipeline stage."""
     logprobs: dict[int, np.ndarray]
-    """Position in the mini-batch -> [response] float32 log pi, as this update saw it; each sample by one rank."""
+    """Position in the mini-batch -> [response] float32 log-probs as this pass saw them; each sample by one rank."""
 
 
 class PolicyTrainer:
@@ -61,6 +62,8 @@ class PolicyTrainer:
         layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
         load_hf(self.models, config.model.path)
+        mode = config.model.routing_replay
+        self.replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
         sharded = config.parallel.distributed_optimizer
         self.chunks = wrap_for_training(self.models, distributed_optimizer=sharded)
         self.optimizer, self.scheduler = build_optimizer(
@@ -74,7 +77,7 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
+    def train_mini_batch(self, samples: Sequence[Sample]) -> PassResult:
         """One optimizer update on ``samples`` (advantages set)."""
         totals = {
             "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
@@ -82,16 +85,18 @@ class PolicyTrainer:
         }
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
+        routings = self._routings(samples, batches, self.replay.of_update) if self.replay else None
         objective = self.objective
         if objective.needs_preparation:
-            objective = search_bounds(objective, self.chunks, batches, head, totals)
+            objective = search_bounds(objective, self.chunks, batches, head, totals, routings)
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False)
+        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False, routings=routings)
         metrics = sum_metrics([report.metrics for report in reports])
+        routing_metrics = _mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -99,22 +104,40 @@ class PolicyTrainer:
         _, grad_norm, _ = self.optimizer.step()
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {
+            metrics |= routing_metrics | {
                 "loss": (metrics["loss"][0], 1.0),
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
             }
-        return UpdateResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
+        return PassResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
+
+    def compute_old_logprobs(self, samples: Sequence[Sample]) -> PassResult:
+        """log pi_old of a mini-batch at the rollout's temperature, before the weights that sampled it are changed.
+
+        With routing replay the routing is the engine's (R3) or is recorded for the mini-batch's update (R2)."""
+        batches = self._batches(samples)
+        routings = self._routings(samples, batches, self.replay.of_old_pass) if self.replay else None
+        logprobs = self._logprobs(samples, batches, self.config.rollout.temperature, routings)
+        return PassResult(_mismatch_metric("routing_mismatch_engine", routings), logprobs)
+
+    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
+        """Position in ``samples`` -> [response] float32 log-probs now, under the live routing; each sample is reported
+        by one rank."""
+        return self._logprobs(samples, self._batches(samples), temperature, None)
 
     @torch.no_grad()
-    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
-        """Position in ``samples`` -> [response] float32 log-probs now; each sample is reported by one rank."""
-
+    def _logprobs(
+        self,
+        samples: Sequence[Sample],
+        batches: Sequence[PackedBatch],
+        temperature: float,
+        routings: Sequence[MicroBatchRouting] | None,
+    ) -> dict[int, np.ndarray]:
         def collect(batch: PackedBatch, scores: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return scores[0]
 
-        batches = self._batches(samples)
-        shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
+        head = self._head(temperature)
+        shards = run_micro_batches(self.chunks, batches, head, collect, forward_only=True, routings=routings)
         return self._by_sample(samples, batches, shards)
 
     def _by_sample(
@@ -151,6 +174,14 @@ class PolicyTrainer:
             batches.append(whole.shard(self._local(whole.cu_seqlens)).to(self.device))
         return batches
 
+    def _routings(
+        self, samples: Sequence[Sample], batches: Sequence[PackedBatch], of_pass: Callable[..., MicroBatchRouting]
+    ) -> list[MicroBatchRouting]:
+        """One of each micro-batch's; ``of_pass`` is a method of :class:`RoutingReplay`."""
+        ends = [batch.cu_seqlens.cpu() for batch in batches]
+        members = [[samples[i] for i in positions] for positions in self._plan(samples)]
+        return [of_pass(mine, cu, self._local(cu)) for mine, cu in zip(members, ends, strict=True)]
+
     def _local(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return layout.local_indices(cu_seqlens, self.layout.context, layout.cp_rank())
 
@@ -181,3 +212,8 @@ class PolicyTrainer:
     def load(self, folder: Path) -> None:
         checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
+
+
+def _mismatch_metric(name: str, routings: Sequence[MicroBatchRouting] | None) -> MetricTable:
+    found = mismatch(routings) if routings is not None else None
+    return {name: found} if found else {}
