@@ -1,4 +1,4 @@
-"""transformers, float64, with its routers made to choose given experts: what a trainer that replays them must compute."""
+"""transformers, float64, with its routers made to choose given experts: what a trainer that replays them computes."""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ def make_references(kind: str) -> dict[str, Reference]:
         "live": live,
         "r2": reference(kind, r2, perturbed=True),
         "free": reference(kind, unrouted, perturbed=True),
-        "both": reference(kind, [a if i % 2 else b for i, (a, b) in enumerate(zip(samples, r2, strict=True))], perturbed=True),
+        "both": reference(
+            kind, [a if i % 2 else b for i, (a, b) in enumerate(zip(samples, r2, strict=True))], perturbed=True
+        ),
     }
 
 
@@ -174,7 +176,9 @@ def results_of_a_split(kind: str, split: dict[str, Any], expected: dict[str, Ref
 
 def run_splits(splits: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     platform.current().prepare_megatron(1)
-    return {name: results_of_a_split(name.split()[0], split, references[name.split()[0]]) for name, split in splits.items()}
+    return {
+        name: results_of_a_split(name.split()[0], split, references[name.split()[0]]) for name, split in splits.items()
+    }
 
 
 @pytest.fixture(scope="module")

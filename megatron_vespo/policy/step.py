@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -88,10 +87,11 @@ def run_micro_batches(
         output = chunk(batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels))
         return output, partial(loss, batch)
 
+    pairs = list(zip(batches, routings or [None] * len(batches), strict=True))
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         # Every model chunk of an interleaved pipeline walks the same micro-batches.
-        data_iterator=[zip(batches, routings or repeat(None)) for _ in chunks],
+        data_iterator=[iter(pairs) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
         seq_length=max(len(batch.tokens) for batch in batches),
