@@ -64,7 +64,7 @@ def engine_without_routing() -> Iterator[str]:
 def test_routing_replay_needs_experts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     for mode in ("r2", "r3", "both"):
-        assert main(["train", "model_configs/qwen3_8b_vespo.yaml", "--dry-run", f"model.routing_replay={mode}"]) == 2
+        assert main(["train", "model_configs/qwen3_8b_vespo.yaml", f"model.routing_replay={mode}", "--dry-run"]) == 2
         assert f"model.routing_replay = {mode}, but the model (qwen3) has no experts" in capsys.readouterr().err
 
 

@@ -60,14 +60,13 @@ def make_references(kind: str) -> dict[str, Reference]:
     unrouted = [replace(s, routed_experts=None) for s in samples]
     live = reference(kind, unrouted)
     r2 = routed_as(samples, live.routing)
+    both = [engine if i % 2 else recorded for i, (engine, recorded) in enumerate(zip(samples, r2, strict=True))]
     return {
         "r3": reference(kind, samples),
         "live": live,
         "r2": reference(kind, r2, perturbed=True),
         "free": reference(kind, unrouted, perturbed=True),
-        "both": reference(
-            kind, [a if i % 2 else b for i, (a, b) in enumerate(zip(samples, r2, strict=True))], perturbed=True
-        ),
+        "both": reference(kind, both, perturbed=True),
     }
 
 
@@ -176,9 +175,8 @@ def results_of_a_split(kind: str, split: dict[str, Any], expected: dict[str, Ref
 
 def run_splits(splits: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     platform.current().prepare_megatron(1)
-    return {
-        name: results_of_a_split(name.split()[0], split, references[name.split()[0]]) for name, split in splits.items()
-    }
+    kinds = {name: name.split()[0] for name in splits}
+    return {name: results_of_a_split(kinds[name], split, references[kinds[name]]) for name, split in splits.items()}
 
 
 @pytest.fixture(scope="module")

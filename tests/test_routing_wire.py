@@ -53,7 +53,7 @@ def test_only_requests_that_want_their_routing_ask_for_it() -> None:
 
 def test_an_answer_without_the_routing_that_was_asked_for_is_refused_by_name() -> None:
     meta = {"output_token_logprobs": [[-1.0, 4, None]] * 2, "finish_reason": {"type": "length"}, "weight_version": "0"}
-    with pytest.raises(EngineError, match="http://x answered request 'a' without .*--enable-return-routed-experts"):
+    with pytest.raises(EngineError, match=r"http://x answered request 'a' without .*--enable-return-routed-experts"):
         _generation("http://x", request("a", SHAPE), {"meta_info": meta})
     assert _generation("http://x", request("a", None), {"meta_info": meta}).routed_experts is None
     aborted = meta | {"output_token_logprobs": [], "finish_reason": {"type": "abort"}}

@@ -88,7 +88,7 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(finished: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("mode", ["r2", "r3", "both"])
+@pytest.mark.parametrize("mode", ["r2", "r3"])
 def test_routing_is_replayed_through_a_run(tmp_path: Path, mode: str) -> None:
     config = make_run(tmp_path, model={"routing_replay": mode}, train={"steps": 2}, checkpoint={"export_hf": False})
     code, out, err = train(config)

@@ -87,7 +87,7 @@ def run_micro_batches(
         output = chunk(batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels))
         return output, partial(loss, batch)
 
-    pairs = list(zip(batches, routings or [None] * len(batches), strict=True))
+    pairs = list(zip(batches, routings or (None,) * len(batches), strict=True))
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         # Every model chunk of an interleaved pipeline walks the same micro-batches.

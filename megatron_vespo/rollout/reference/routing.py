@@ -17,13 +17,9 @@ class Routers:
 
     def __init__(self, model: Any) -> None:
         recorded = (model._can_record_outputs or {}).get("router_logits")
-        layers = model.get_decoder().layers if recorded else []
-        found = {
-            i: module
-            for i, layer in enumerate(layers)
-            for module in layer.modules()
-            if isinstance(module, recorded.target_class)
-        }
+        kind: Any = recorded.target_class if recorded else ()
+        layers = model.get_decoder().layers
+        found = {i: m for i, layer in enumerate(layers) for m in layer.modules() if isinstance(m, kind)}
         self._modules = list(found.values())
         self.shape: RoutingShape | None = None
         """None for a model without such routers."""
