@@ -80,3 +80,14 @@ def test_r3_needs_engines_that_return_their_routing(tmp_path: Path, engine_witho
             check_run(load_config(config, ["model.routing_replay=r3", override]).run)
         check_run(load_config(config, ["model.routing_replay=r2", override]).run)
     check_run(load_config(config, ["model.routing_replay=both"]).run)
+
+
+def test_router_losses_are_refused_for_a_dense_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for field in ("router_z_loss", "router_balance_loss"):
+        setting = f"model.{field}=0.01"
+        assert main(["train", "model_configs/qwen3_8b_vespo.yaml", setting, "--dry-run"]) == 2
+        assert f"model.{field} = 0.01, but the model (qwen3) has no experts; set it to 0" in capsys.readouterr().err
+        assert main(["train", "model_configs/qwen3_30b_a3b_vespo.yaml", setting, "--dry-run"]) == 0

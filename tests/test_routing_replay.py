@@ -102,7 +102,7 @@ class Rank:
         """Worst log-prob error, worst gradient error (relative to its tensor's largest), routing mismatch."""
         from megatron_vespo.objectives import build_objective
         from megatron_vespo.policy import layout as ranks
-        from megatron_vespo.policy.routing_replay import mismatch
+        from megatron_vespo.policy.routing_replay import mismatch_metric
         from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches
 
         # Where a packed row has the engine's log-probs, it has here what its own are to be.
@@ -131,7 +131,7 @@ class Rank:
         with torch.set_grad_enabled(update):
             chosen = routings if replayed else None
             run_micro_batches(self.chunks, batches, head, loss, forward_only=not update, routings=chosen)
-        found = mismatch(routings) if replayed else None
+        found = mismatch_metric("found", chosen).get("found")
         return max(errors), self.gradient_error(expected) if update else 0.0, found
 
     def gradient_error(self, expected: Reference) -> float:

@@ -16,6 +16,10 @@ from tiny_run import make_checkpoint, make_run, processes_about, records, start,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.cli import main
+from megatron_vespo.config.load import load_config
+from megatron_vespo.observe.weight_health import health_metrics
+from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.policy.response_weights import weigh_trained
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
 pytestmark = pytest.mark.slow
@@ -64,6 +68,17 @@ def test_the_rollouts_are_stored_with_the_logprobs_they_were_trained_at(finished
     moved = [float(np.abs(s.train_logprobs - s.old_logprobs).max(initial=0)) for s in samples]
     # The first update sees the weights that sampled, the second those of the first.
     assert max(moved[:16]) < 1e-5 < 1e-4 < max(moved[16:])
+
+
+def test_a_steps_weight_health_is_that_of_its_stored_rollouts(finished: Path) -> None:
+    config = load_config(finished / "run" / "config.resolved.yaml").run
+    for record in steps(finished):
+        samples = read_batch(batch_file(finished / "run" / "rollouts", record["step"]))
+        expected = health_metrics(weigh_trained(objective_of(config), samples))
+        assert {name: record.get(name) for name in record if name.startswith("health/")} == pytest.approx(expected)
+        assert record["health/log_w_stale/p95"] > 1e-4 > abs(record["health/log_w_engine/p95"])
+    report = (finished / "run" / "report.html").read_text()
+    assert "Mismatch budget" in report and "Dead responses" in report
 
 
 def test_the_export_loads_in_transformers_and_differs_from_the_start(finished: Path) -> None:
@@ -181,3 +196,37 @@ def test_bad_input_is_refused_before_anything_starts(
     err = capsys.readouterr().err
     assert code == 2 and expected in err and "Traceback" not in err
     assert not processes_about(str(folder))
+
+
+def calculator(episode: Any) -> None:
+    """A tool that speaks after each eight tokens; for rollout.function."""
+    while episode.room >= 8:
+        episode.sample(max_tokens=8)
+        episode.append(episode.tokenizer.encode("1+1=2"))
+
+
+def test_tools_dynamic_sampling_and_overlong_filtering_together(tmp_path: Path) -> None:
+    config = make_run(
+        tmp_path,
+        train={"steps": 2, "mask_truncated": True},
+        rollout={"function": "test_train_run.calculator", "dynamic_sampling": True, "max_response_tokens": 24},
+        reward={"overlong_buffer": 8, "overlong_penalty": 0.5},
+        sync={"probe_tolerance": None},
+    )
+    code, out, err = train(config)
+    assert code == 0, out + err
+    for record in steps(tmp_path):
+        assert record["dynamic_sampling/groups_asked"] >= 8 and record["grad_norm"] >= 0
+        assert record["rollout_logprob_diff"] < 1e-5  # of the policy's tokens alone
+    for sample in read_batch(batch_file(tmp_path / "run" / "rollouts", 2)):
+        penalty = 0.5 * max(0, len(sample.response_tokens) - 16) / 8
+        assert sample.grade - sample.reward == pytest.approx(penalty)
+        if sample.finish_reason == "length":
+            assert not sample.loss_mask.any()
+        else:
+            assert 0 < sample.loss_mask.sum() < len(sample.loss_mask)
+
+
+def test_a_rollout_function_that_does_not_exist_is_refused_at_once(tmp_path: Path) -> None:
+    code, _, err = train(make_run(tmp_path), "rollout.function=nowhere.play")
+    assert code == 2 and "rollout.function='nowhere.play'" in err and "Traceback" not in err

@@ -18,7 +18,9 @@ from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable, stacked
 
 PLACEMENT_DEADLINE_S = 120
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -107,23 +109,30 @@ class TrainerGroup:
 
     # ------------------------------------------------------------------------------------------ collective calls
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+    def train_mini_batch(
+        self, samples: Sequence[Sample]
+    ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray], WeightTable]:
         """One optimizer update. (metric name -> (sum, denominator) over the whole mini-batch, [response] float32 log pi
-        of each sample as the update saw it)."""
+        of each sample as the update saw it, a row of sequence weights of each, in any order)."""
         results = self._all("train_mini_batch", ray.put(list(samples)))
         metrics = next(result.metrics for result in results if result.metrics)
-        return metrics, _in_order([result.logprobs for result in results])
+        logprobs = _in_order([result.logprobs for result in results])
+        return metrics, logprobs, stacked([result.weights for result in results])
 
     def compute_old_logprobs(
         self, mini_batch: Sequence[Sample]
     ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
         """What the next update of ``mini_batch`` starts from. (metrics, [response] float32 log pi_old of each)."""
         results = self._all("compute_old_logprobs", ray.put(list(mini_batch)))
-        return results[0].metrics, _in_order([result.logprobs for result in results])
+        return results[0][1], _in_order([logprobs for logprobs, _ in results])
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
         return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the objectives' gradients on a mini-batch, over all parameters."""
+        return self._all("gradient_products", ray.put(list(samples)), list(objectives))[0]
 
     def publish(self, folder: Path, version: int) -> Path:
         """Write the current weights for the engines; returns the folder to load."""

@@ -37,10 +37,20 @@ class ModelConfig(Section):
     routing_replay: Literal["none", "r2", "r3", "both"] = "none"
     """Which experts tokens go to in the update: r2, those of the old-log-prob pass; r3, the engine's, in the
     old-log-prob pass too; both, the engine's where it gave them and r2's elsewhere (docs/routing_replay.md)."""
+    router_z_loss: NonNegativeFloat = 0.0
+    """Weight of the routers' z-loss: the square of the log-sum-exp of a token's router logits, added over the MoE
+    layers, mean over the mini-batch's tokens (prompts too)."""
+    router_balance_loss: NonNegativeFloat = 0.0
+    """Weight of load balancing by sequence: number of experts times the sum over them of (share of the sequence's
+    routed tokens) x (mean probability), 1 where even; added over the MoE layers, mean over the sequences."""
 
     @property
     def replays_engine_routing(self) -> bool:
         return self.routing_replay in ("r3", "both")
+
+    @property
+    def has_router_losses(self) -> bool:
+        return self.router_z_loss > 0 or self.router_balance_loss > 0
 
 
 class ParallelConfig(Section):
@@ -115,6 +125,14 @@ class RolloutConfig(Section):
     """Nucleus sampling; 1: off."""
     top_k: int = -1
     """Top-k sampling; -1: off."""
+    function: str | None = None
+    """Dotted path to a function that plays a response of several turns (rollout/episodes.py); None: one turn."""
+    dynamic_sampling: bool = False
+    """Drop prompt groups whose rewards are all equal, and sample further prompts until the batch is full (DAPO)."""
+    over_sample: Annotated[float, Field(ge=1)] = 1.0
+    """Under dynamic sampling: prompts asked for in a round, over those still missing."""
+    max_rounds: PositiveInt = 8
+    """Under dynamic sampling: rounds after which groups without spread fill what is still missing."""
     request_timeout_s: PositiveFloat = 600
     """Seconds without an answer after which a request counts as hung."""
     launch_timeout_s: PositiveFloat = 600
@@ -147,6 +165,10 @@ class RewardConfig(Section):
     """Grading processes."""
     timeout_s: PositiveFloat = 30
     """Seconds after which grading one response is killed and counts as 0."""
+    overlong_buffer: NonNegativeInt = 0
+    """Last tokens before rollout.max_response_tokens over which a penalty grows from 0 to the whole; 0: no penalty."""
+    overlong_penalty: NonNegativeFloat = 1.0
+    """The whole penalty: what a response at the limit loses of its reward (DAPO's soft overlong punishment)."""
 
 
 class TrainConfig(Section):
@@ -156,6 +178,9 @@ class TrainConfig(Section):
     """Prompts in a rollout batch; times rollout.samples_per_prompt sequences."""
     mini_batches: PositiveInt = 1
     """N: optimizer updates made from one rollout batch (split staleness 0..N-1)."""
+    mask_truncated: bool = False
+    """Leave responses cut at the length limit out of the loss and its denominators (overlong filtering); their reward
+    still counts in their group's advantages."""
     tokens_per_micro_batch: PositiveInt = 16384
     """Token budget of one forward-backward of one rank (before context parallelism divides it)."""
 

@@ -12,7 +12,7 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
-from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
+from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.rollout import EngineError, HttpEngine
 
@@ -50,16 +50,15 @@ class Plan:
 
 def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     """Raises :class:`ConfigError` naming field, value and mend; a dry run lists absent files instead."""
-    missing = _absent_files(config)
+    missing = _absent_model(config) + _absent_data(config)
     if missing and not dry_run:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
     _check_routing_replay(config, hf_config, ask_engines=not dry_run)
+    layout = _check_layout(config, hf_config)
     try:
-        layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
-        check_architecture(hf_config)
-        check_layout(hf_config, layout)
+        check_router_losses(hf_config, config.model)
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -72,16 +71,39 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     return Plan(config, hf_config, layout, missing)
 
 
-def _absent_files(config: RunConfig) -> list[str]:
-    found = []
+def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
+    """The part of it that running the policy alone needs: weights, and a layout that fits them."""
+    if missing := _absent_model(config):
+        raise ConfigError("\n".join(missing))
+    hf_config = _model_config(config)
+    return hf_config, _check_layout(config, hf_config)
+
+
+def _absent_model(config: RunConfig) -> list[str]:
     if not (config.model.path / "config.json").is_file():
-        found.append(_no_checkpoint(config))
-    elif not any(config.model.path.glob("*.safetensors")):
-        found.append(f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded")
-    for name, path in (("data.train", config.data.train), ("data.evaluate", config.data.evaluate)):
-        if path is not None and not path.is_file():
-            found.append(f"{name} = {path}: no such file; give a JSONL file of problems")
-    return found
+        return [_no_checkpoint(config)]
+    if not any(config.model.path.glob("*.safetensors")):
+        return [f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded"]
+    return []
+
+
+def _absent_data(config: RunConfig) -> list[str]:
+    files = (("data.train", config.data.train), ("data.evaluate", config.data.evaluate))
+    return [
+        f"{name} = {path}: no such file; give a JSONL file of problems"
+        for name, path in files
+        if path is not None and not path.is_file()
+    ]
+
+
+def _check_layout(config: RunConfig, hf_config: Any) -> ParallelLayout:
+    try:
+        layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
+        check_architecture(hf_config)
+        check_layout(hf_config, layout)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return layout
 
 
 def _model_config(config: RunConfig) -> Any:
@@ -138,6 +160,11 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model has {limit} positions; "
             "lower one of them"
+        )
+    if config.reward.overlong_buffer > rollout.max_response_tokens:
+        raise ConfigError(
+            f"reward.overlong_buffer = {config.reward.overlong_buffer} is more than rollout.max_response_tokens = "
+            f"{rollout.max_response_tokens}: even an empty response would lose reward; lower it"
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vespo.loop.collect import collect
 from megatron_vespo.loop.evaluate import evaluate
 from megatron_vespo.loop.run import Run
 from megatron_vespo.samples.records import Sample
@@ -14,10 +15,7 @@ def train(run: Run) -> None:
         evaluate(run)
 
     while run.step < config.train.steps:
-        with run.phase("rollout"):
-            samples = run.rollout(run.prompts.next(config.train.prompts_per_step))
-        with run.phase("reward"):
-            run.score(samples)
+        samples = collect(run)
         run.assign_advantages(samples)
         mini_batches = split(samples, config.train.mini_batches)
         with run.phase("old log-probs"):

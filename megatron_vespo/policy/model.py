@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PreTrainedConfig
@@ -29,6 +30,7 @@ from megatron_vespo.config.schema import ModelConfig
 from megatron_vespo.policy.attention import PackedAttention
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.norm import Norm
+from megatron_vespo.policy.router import LossRouter
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -44,16 +46,33 @@ Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last stage, called with a ``head``, returns that of its final hidden states instead of logits."""
+    """GPTModel whose last stage, called with a ``head``, returns that of its final hidden states instead of logits, and
+    whose routers, called with ``members``, know their tokens' sequences.
+
+    members: [S, T] bool, the real tokens of each of the S sequences of the (context-parallel shard of the) row. They
+    take the way of megatron-core's ``padding_mask`` [b, T], which passes through layers and recomputation as it is, is
+    made [T, b] by MoELayer, and is read by the router alone (policy/router.py).
+    """
 
     head: Head | None = None
 
-    def forward(self, *inputs: Any, head: Head | None = None, **options: Any) -> torch.Tensor:
+    def forward(
+        self, *inputs: Any, head: Head | None = None, members: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         self.head = head
         try:
-            return super().forward(*inputs, **options)
+            return super().forward(*inputs, padding_mask=members, **options)
         finally:
             self.head = None
+
+    def _preprocess(self, *inputs: Any, padding_mask: torch.Tensor | None = None, **options: Any) -> tuple[Any, ...]:
+        """megatron-core wants a padding_mask of input_ids' shape, and cuts it for sequence parallelism on the first
+        pipeline stage alone."""
+        prepared = super()._preprocess(*inputs, **options)
+        if padding_mask is not None and self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()]
+        return *prepared[:5], padding_mask, *prepared[6:]
 
     def _postprocess(self, hidden_states: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
         if self.head is None or not self.post_process:
@@ -154,7 +173,7 @@ def build_model(hf_config: PreTrainedConfig, model: ModelConfig, layout: Paralle
         ignore_virtual = vp_stage is None
         chunk = PolicyModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, vp_stage),
+            transformer_layer_spec=_block_spec(config, vp_stage, router_losses=model.has_router_losses),
             vocab_size=padded_vocab_size(hf_config.vocab_size, layout.tensor),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
@@ -233,6 +252,16 @@ def check_layout(hf_config: PreTrainedConfig, layout: ParallelLayout) -> None:
             raise ValueError(f"{field} = {size} does not divide the model's {what} = {number} (what does: {divisors})")
 
 
+def check_router_losses(hf_config: PreTrainedConfig, model: ModelConfig) -> None:
+    """Raises ValueError where ``model`` asks for a router's loss and there is no router."""
+    for field in ("router_z_loss", "router_balance_loss"):
+        if getattr(model, field) and not num_experts(hf_config):
+            raise ValueError(
+                f"model.{field} = {getattr(model, field)}, but the model ({hf_config.model_type}) has no experts; "
+                "set it to 0"
+            )
+
+
 def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[tuple[str, int, str, int]]:
     """(parallel field, its size, the model's field, its number): each size must divide its number."""
     experts = num_experts(hf_config)
@@ -250,9 +279,13 @@ def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[
         yield field, stages, "num_hidden_layers", hf_config.num_hidden_layers
 
 
-def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, vp_stage: int | None, *, router_losses: bool) -> TransformerBlockSubmodules:
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
+    if router_losses:
+        for layer in block.layer_specs:
+            if isinstance(moe := layer.submodules.mlp.submodules, MoESubmodules):
+                moe.router = LossRouter
     if use_te:
         return block
     for layer in block.layer_specs:  # layers of one kind share one spec

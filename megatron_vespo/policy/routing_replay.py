@@ -163,17 +163,21 @@ class RoutingReplay:
         total = int(cu_seqlens[-1])
         row, given = self._empty(total, "cpu"), torch.zeros(total, dtype=torch.bool)
         for sample, start in zip(samples, cu_seqlens.tolist(), strict=False):
-            experts, end = sample.routed_experts, start + sample.length - 1
+            experts, needed = sample.routed_experts, _last_policy_token(sample)
             if experts is None:
-                if self.mode == "r3" and len(sample.response_tokens):
+                if self.mode == "r3" and needed:
                     raise ValueError(
                         f"model.routing_replay = r3, and sample {sample.id} has no routed_experts; 'both' takes such "
                         "samples, and gives them the trainer's own routing"
                     )
                 continue
-            expected = (end - start, len(self.shape.moe_layers), self.shape.topk)
-            if experts.shape != expected:
-                raise ValueError(f"routed_experts of sample {sample.id} are {experts.shape}; expected {expected}")
+            of_a_token = (len(self.shape.moe_layers), self.shape.topk)
+            if not needed <= len(experts) < sample.length or experts.shape[1:] != of_a_token:
+                raise ValueError(
+                    f"routed_experts of sample {sample.id}, of {sample.length} tokens, are {experts.shape}; expected "
+                    f"({sample.length - 1}, {', '.join(map(str, of_a_token))})"
+                )
+            end = start + len(experts)
             row[start:end] = torch.from_numpy(experts[:, self.columns].astype(self.shape.dtype))
             given[start:end] = True
         return row[mine], given[mine]
@@ -198,26 +202,34 @@ def routing_shape(hf_config: PreTrainedConfig) -> RoutingShape | None:
     return RoutingShape(len(moe_layers(hf_config)), routing, hf_config.num_experts_per_tok, num_experts(hf_config))
 
 
-def mismatch(routings: Sequence[MicroBatchRouting]) -> tuple[float, float] | None:
-    """(replayed (token, layer) pairs that the live router would have sent elsewhere, replayed pairs), of all ranks and
-    micro-batches of a pass; None where nothing was replayed. One all-reduce over all ranks: each pair is on one.
+def mismatch_metric(name: str, routings: Sequence[MicroBatchRouting] | None) -> dict[str, tuple[float, float]]:
+    """``name`` -> (replayed (token, layer) pairs that the live router would have sent elsewhere, replayed pairs), of
+    all ranks and micro-batches of a pass; {} where nothing was replayed. One all-reduce: each pair is on one rank.
 
     Raises ValueError where a token was sent to one expert twice, which no router does.
     """
+    if routings is None:
+        return {}
     total = torch.zeros(3, dtype=torch.float64, device=platform.current().device)
     for routing in routings:
         if routing.replayed is not None:
             pairs = routing.given.sum() * routing.counts.shape[1]
             total += torch.cat([routing.counts.sum(1), pairs[None]])
     dist.all_reduce(total)
-    elsewhere, twice, pairs = total.tolist()
+    elsewhere, twice, of = total.tolist()
     if twice:
         raise ValueError(
-            f"routing replay sent {twice:.0f} of {pairs:.0f} (token, layer) pairs to one expert twice: the routed "
+            f"routing replay sent {twice:.0f} of {of:.0f} (token, layer) pairs to one expert twice: the routed "
             "experts that the engine returned have holes"
         )
-    return (elsewhere, pairs) if pairs else None
+    return {name: (elsewhere, of)} if of else {}
 
 
 def _names(samples: Sequence[Sample]) -> tuple[str, ...]:
     return tuple(sample.id for sample in samples)
+
+
+def _last_policy_token(sample: Sample) -> int:
+    """Its place in the sequence: its log-prob depends on where the tokens before it go. 0 where there is none."""
+    places = sample.loss_mask.nonzero()[0]
+    return len(sample.prompt.tokens) + int(places[-1]) if len(places) else 0

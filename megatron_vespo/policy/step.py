@@ -19,6 +19,7 @@ from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.fused_logprobs import fused_logprobs
 from megatron_vespo.policy.logprobs import plain_logprobs
 from megatron_vespo.policy.model import Head
+from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.policy.routing_replay import MicroBatchRouting
 from megatron_vespo.samples.packing import PackedBatch
 
@@ -70,13 +71,17 @@ def run_micro_batches(
     loss: Any,
     *,
     forward_only: bool,
+    router_losses: RouterLosses | None = None,
     routings: Sequence[MicroBatchRouting] | None = None,
 ) -> list[Any]:
     """Drive ``batches`` through the schedule of the layout; returns what ``loss`` reported, on the last stage.
 
     batches: this rank's shards. loss: (batch, [2, T] from the head) -> what megatron-core's schedule expects.
+    router_losses: added to the loss by every stage's routers; their values are collected in it.
     routings: what the routers replay and record, one a batch; None: nothing.
     """
+    if router_losses is not None:
+        router_losses.attach(chunks)
 
     def forward_step(
         iterator: Iterator[tuple[PackedBatch, MicroBatchRouting | None]], chunk: torch.nn.Module
@@ -84,7 +89,10 @@ def run_micro_batches(
         batch, routing = next(iterator)
         packing = packed_seq_params(batch.cu_seqlens)
         packing.routing = routing  # for LayerReplay.before_layer
-        output = chunk(batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels))
+        members = None if router_losses is None else batch.members()
+        output = chunk(
+            batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels), members=members
+        )
         return output, partial(loss, batch)
 
     pairs = list(zip(batches, routings or (None,) * len(batches), strict=True))

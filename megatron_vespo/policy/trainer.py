@@ -18,12 +18,16 @@ from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
-from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch
+from megatron_vespo.policy.response_weights import weigh
+from megatron_vespo.policy.router import RouterLosses
+from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch_metric
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -34,6 +38,7 @@ from megatron_vespo.policy.step import (
 )
 from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.save import save_hf_folder
@@ -41,13 +46,15 @@ from megatron_vespo.weights.sync import DiskTransport
 
 
 @dataclass(frozen=True, slots=True)
-class PassResult:
-    """What one rank tells of a pass over a mini-batch: that of the old log-probs, or an update."""
+class UpdateResult:
+    """What one rank tells of an optimizer update."""
 
     metrics: MetricTable
-    """Of the whole mini-batch; an update's are {} off the last pipeline stage."""
+    """Of the whole mini-batch on the last pipeline stage, else {}."""
     logprobs: dict[int, np.ndarray]
-    """Position in the mini-batch -> [response] float32 log-probs as this pass saw them; each sample by one rank."""
+    """Position in the mini-batch -> [response] float32 log pi, as this update saw it; each sample by one rank."""
+    weights: WeightTable
+    """Sequence weights of the same samples, in the same order."""
 
 
 class PolicyTrainer:
@@ -63,7 +70,7 @@ class PolicyTrainer:
         self.models = build_model(self.hf_config, config.model, self.layout)
         load_hf(self.models, config.model.path)
         mode = config.model.routing_replay
-        self.replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
+        self.routing_replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
         sharded = config.parallel.distributed_optimizer
         self.chunks = wrap_for_training(self.models, distributed_optimizer=sharded)
         self.optimizer, self.scheduler = build_optimizer(
@@ -77,15 +84,12 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> PassResult:
+    def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
         """One optimizer update on ``samples`` (advantages set)."""
-        totals = {
-            "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
-            "total_sequences": float(len(samples)),
-        }
+        totals = _totals(samples)
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
-        routings = self._routings(samples, batches, self.replay.of_update) if self.replay else None
+        routings = self._routings(samples, batches, self.routing_replay.of_update) if self.routing_replay else None
         objective = self.objective
         if objective.needs_preparation:
             objective = search_bounds(objective, self.chunks, batches, head, totals, routings)
@@ -94,9 +98,13 @@ class PolicyTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False, routings=routings)
+        router_losses = RouterLosses.of_mini_batch(self.config.model, [s.length for s in samples])
+        reports = run_micro_batches(
+            self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses, routings=routings
+        )
         metrics = sum_metrics([report.metrics for report in reports])
-        routing_metrics = _mismatch_metric("routing_mismatch_update", routings)
+        router_metrics = router_losses.metrics() if router_losses is not None else {}
+        router_metrics |= mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -104,21 +112,23 @@ class PolicyTrainer:
         _, grad_norm, _ = self.optimizer.step()
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= routing_metrics | {
+            metrics |= router_metrics | {
                 "loss": (metrics["loss"][0], 1.0),
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
             }
-        return PassResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
+        logprobs = self._by_sample(samples, batches, [report.logprobs for report in reports])
+        weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
+        return UpdateResult(metrics, logprobs, weights)
 
-    def compute_old_logprobs(self, samples: Sequence[Sample]) -> PassResult:
-        """log pi_old of a mini-batch at the rollout's temperature, before the weights that sampled it are changed.
+    def compute_old_logprobs(self, samples: Sequence[Sample]) -> tuple[dict[int, np.ndarray], MetricTable]:
+        """Position in ``samples`` -> [response] float32 log pi_old, at the rollout's temperature; and metrics.
 
-        With routing replay the routing is the engine's (R3) or is recorded for the mini-batch's update (R2)."""
+        ``samples`` are those of one mini-batch: with routing replay its update goes where this pass went."""
         batches = self._batches(samples)
-        routings = self._routings(samples, batches, self.replay.of_old_pass) if self.replay else None
+        routings = self._routings(samples, batches, self.routing_replay.of_old_pass) if self.routing_replay else None
         logprobs = self._logprobs(samples, batches, self.config.rollout.temperature, routings)
-        return PassResult(_mismatch_metric("routing_mismatch_engine", routings), logprobs)
+        return logprobs, mismatch_metric("routing_mismatch_engine", routings)
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
         """Position in ``samples`` -> [response] float32 log-probs now, under the live routing; each sample is reported
@@ -139,6 +149,11 @@ class PolicyTrainer:
         head = self._head(temperature)
         shards = run_micro_batches(self.chunks, batches, head, collect, forward_only=True, routings=routings)
         return self._by_sample(samples, batches, shards)
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the gradients that ``objectives`` have on the mini-batch ``samples``."""
+        head = self._head(self.config.rollout.temperature)
+        return gradient_products(objectives, self.chunks, self._batches(samples), head, _totals(samples)).numpy()
 
     def _by_sample(
         self, samples: Sequence[Sample], batches: Sequence[PackedBatch], shards: Sequence[torch.Tensor]
@@ -214,6 +229,9 @@ class PolicyTrainer:
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
 
 
-def _mismatch_metric(name: str, routings: Sequence[MicroBatchRouting] | None) -> MetricTable:
-    found = mismatch(routings) if routings is not None else None
-    return {name: found} if found else {}
+def _totals(samples: Sequence[Sample]) -> dict[str, float]:
+    """The denominators of a mini-batch, of what counts; at least 1, so that where nothing does the gradient is zero."""
+    return {
+        "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
+        "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
+    }

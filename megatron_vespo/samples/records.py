@@ -66,7 +66,10 @@ class Sample:
     finish_reason: FinishReason
     text: str = ""
     """The decoded response."""
+    grade: float | None = None
+    """What the reward function said."""
     reward: float | None = None
+    """The grade less the penalties; what advantages are made of."""
     advantage: float | None = None
     old_logprobs: np.ndarray | None = None
     """[response] float32: log pi_old, the trainer's own log-prob at the version that sampled."""
@@ -76,7 +79,8 @@ class Sample:
     """The weight version that this update began from; the samples of one mini-batch share it."""
     routed_experts: np.ndarray | None = None
     """[prompt + response - 1, MoE layers, topk] of RoutingShape.dtype, where the engine was asked for them: row t holds
-    the experts that token t was sent to, in the engine's own order. The last token was sampled and went nowhere."""
+    the experts that token t was sent to, in the engine's own order. The last token was sampled and went nowhere; what
+    an environment says after the policy's last token has no rows either."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
