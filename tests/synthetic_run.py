@@ -37,6 +37,7 @@ def step_record(step: int, steps: int, rng: np.random.Generator) -> dict[str, An
         **{"loss": rng.normal(0, 0.05), "grad_norm": 1.2 + rng.gamma(2, 0.2), "lr": 1e-4},
         **{"w/mean": 1 + rng.normal(0, 0.02), "w/ess": 0.97 - rng.gamma(2, 0.01)},
         **health_metrics(weigh_trained(build_objective("vespo"), rollouts(step, 40))),
+        **{"routing_mismatch_engine": 0.02 + 0.002 * rng.random(), "routing_mismatch_update": 0.03 + 0.02 * done},
         **{"staleness_mean": 1.5, "staleness_max": 3, "rollout_logprob_diff": 2e-6 * rng.gamma(5, 0.2)},
         **{"k3_engine": 1e-11 * rng.gamma(5, 0.2), "entropy": 0.5 - 0.2 * done + rng.normal(0, 0.01)},
         **{"tokens_per_s": 900 + rng.normal(0, 40), "sync_probe_max": 5e-6 * rng.gamma(5, 0.2)},

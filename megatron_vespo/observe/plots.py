@@ -78,6 +78,11 @@ OFF_POLICY = (
         log=True,
     ),
     Panel(
+        *("Routing mismatch", "Share of replayed (token, layer) pairs that the trainer's own router sends elsewhere."),
+        *((("routing_mismatch_engine", "engine"), ("routing_mismatch_update", "in the update")),),
+        floor=0.0,
+    ),
+    Panel(
         *("Staleness", "Weight version trained minus version that sampled, per token."),
         *((("staleness_mean", "mean"), ("staleness_max", "maximum")),),
         floor=0.0,
