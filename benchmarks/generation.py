@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from megatron_vespo import platform
+from megatron_vespo.quickstart.checkpoint import model_config
 from megatron_vespo.rollout import EngineError, GenerateRequest, SamplingParams, launch_engine
 from megatron_vespo.rollout.launch import DTYPES
 
@@ -37,22 +38,7 @@ PROMPT_TOKENS = 24
 
 def make_model(folder: Path) -> Path:
     """The quickstart's shape with random weights: 4 layers, 8 experts, top-2."""
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # type: ignore[call-arg]
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        moe_intermediate_size=64,
-        intermediate_size=128,
-        max_position_embeddings=512,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    config = model_config(VOCABULARY, eos_token_id=1, pad_token_id=0)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder

@@ -1,9 +1,9 @@
 """What routing replay leaves of the mismatch between the reference engine and the trainer, and what it costs.
 
-    python benchmarks/routing_replay.py            # a random Qwen3-MoE, 32 experts, top-4, in float32 and bfloat16
+    python benchmarks/routing_replay.py            # a random Qwen3-MoE, 32 experts, top-4
     python benchmarks/routing_replay.py --checkpoint runs/quickstart_model
 
-The engine samples token by token (with a KV cache), the trainer computes whole sequences: same weights, same precision.
+The engine samples token by token (with a KV cache), the trainer computes whole sequences: same weights, and the same precision but for the engine in fp8.
 Beside the replay of expert numbers, two variants that the trainer does not have: slots in the order of the experts'
 numbers instead of the engine's, and the engine's gate weights in the place of the live ones.
 """
@@ -35,11 +35,18 @@ from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_ba
 from megatron_vespo.rollout.process import free_port
 from megatron_vespo.rollout.reference.batch import RunningBatch, Sequence
 from megatron_vespo.rollout.reference.model import ReferenceModel
+from megatron_vespo.rollout.reference.precision import Fp8
 from megatron_vespo.samples.packing import pack
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.weights.load import load_hf
 
 PROMPT_TOKENS = 12
+PRECISIONS = {
+    "float32": ("float32", Fp8()),
+    "bfloat16": ("bfloat16", Fp8()),
+    "bfloat16, the engine in fp8 (weights and activations)": ("bfloat16", Fp8(weights=True, activations=True)),
+}
+"""Title -> dtype of both, and what the engine rounds besides."""
 
 
 def random_checkpoint(folder: Path) -> Path:
@@ -66,8 +73,8 @@ def random_checkpoint(folder: Path) -> Path:
 class Engine:
     """The reference engine's batch, in this process, one sequence at a time."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.model = ReferenceModel(folder, dtype)
+    def __init__(self, folder: Path, dtype: torch.dtype, fp8: Fp8) -> None:
+        self.model = ReferenceModel(folder, dtype, fp8=fp8)
         self.weights: list[torch.Tensor] = []
         gates = [layer.mlp.gate for layer in self.model.module.model.layers if hasattr(layer.mlp, "gate")]
         self.layers = len(gates)
@@ -161,8 +168,9 @@ def best_of(runs: int, *functions: Any) -> list[float]:
     return seconds
 
 
-def measure(folder: Path, dtype: str, sequences: int, tokens: int, runs: int) -> None:
-    engine = Engine(folder, getattr(torch, dtype))
+def measure(folder: Path, title: str, sequences: int, tokens: int, runs: int) -> None:
+    dtype, fp8 = PRECISIONS[title]
+    engine = Engine(folder, getattr(torch, dtype), fp8)
     samples, weights = (list(x) for x in zip(*(engine.sample(i, tokens) for i in range(sequences)), strict=True))
     trainer = Trainer(folder, dtype, samples)
     mu = np.concatenate([sample.rollout_logprobs for sample in samples])
@@ -173,7 +181,7 @@ def measure(folder: Path, dtype: str, sequences: int, tokens: int, runs: int) ->
         k3 = (np.exp(delta.astype(np.float64)) - 1 - delta).mean()
         print(f"  {name:34} {np.abs(delta).mean():9.2e} {np.abs(delta).max():9.2e} {k3:9.2e} {by_sequence:9.2e}")
 
-    print(f"{dtype}\n  {'trainer against engine':34} {'mean |d|':>9} {'max |d|':>9} {'k3':>9} {'|d log W|':>9}")
+    print(f"{title}\n  {'trainer against engine':34} {'mean |d|':>9} {'max |d|':>9} {'k3':>9} {'|d log W|':>9}")
     show("live routing", trainer.logprobs(None))
     routings = trainer.routings(samples)
     show("R3", trainer.logprobs(routings))
@@ -205,8 +213,8 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or random_checkpoint(Path(folder))
-        for dtype in ("float32", "bfloat16"):
-            measure(checkpoint, dtype, options.sequences, options.tokens, options.runs)
+        for title in PRECISIONS:
+            measure(checkpoint, title, options.sequences, options.tokens, options.runs)
     dist.destroy_process_group()
 
 

@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; every process of the run has been ended", file=sys.stderr)
         return 130
@@ -152,7 +155,6 @@ def _compare(options: argparse.Namespace) -> int:
         name, *params = options.correction
         overrides += [f"objective.correction={name}", "objective.correction_params={}"]
         overrides += [f"objective.correction_params.{param}" for param in params]
-    terminal = Console()
     try:
         page = compare(
             options.run_dir,
@@ -160,8 +162,7 @@ def _compare(options: argparse.Namespace) -> int:
             steps=options.steps,
             checkpoint=options.checkpoint,
             overrides=overrides,
-            # Elsewhere (CI, a file) rich takes 80 columns, and would fold the tables.
-            console=terminal if terminal.is_terminal else Console(width=160),
+            console=Console(),
         )
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -39,6 +39,9 @@ def step_record(step: int, steps: int, rng: np.random.Generator) -> dict[str, An
         **health_metrics(weigh_trained(build_objective("vespo"), rollouts(step, 40))),
         **{"routing_mismatch_engine": 0.02 + 0.002 * rng.random(), "routing_mismatch_update": 0.03 + 0.02 * done},
         **{"staleness_mean": 1.5, "staleness_max": 3, "rollout_logprob_diff": 2e-6 * rng.gamma(5, 0.2)},
+        **{"mismatch/kl": 1e-9 * rng.normal(), "mismatch/max": 2e-5 * rng.gamma(5, 0.2)},
+        **{"mismatch/ppl_ratio": 1.0, "mismatch/ppl_ratio/p05": 1 - 1e-6, "mismatch/ppl_ratio/p95": 1 + 1e-6},
+        **{"sync_probe_diff": 1e-6 * rng.gamma(5, 0.2), "sync_probe_k3": 1e-12 * rng.gamma(5, 0.2)},
         **{"k3_engine": 1e-11 * rng.gamma(5, 0.2), "entropy": 0.5 - 0.2 * done + rng.normal(0, 0.01)},
         **{"tokens_per_s": 900 + rng.normal(0, 40), "sync_probe_max": 5e-6 * rng.gamma(5, 0.2)},
         "seconds": {

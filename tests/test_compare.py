@@ -15,9 +15,10 @@ from tiny_run import make_run, records, train
 
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import load_config
+from megatron_vespo.loop.replay import Weights, find_weights, load_run
 from megatron_vespo.objectives.catalog import distinct_objectives
 from megatron_vespo.samples.records import Prompt, Sample
-from megatron_vespo.samples.store import batch_file, read_batch, write_batch
+from megatron_vespo.samples.store import batch_file, write_batch
 
 HOSTILE = "</pre><script>alert(1)</script> [bold]& 2 < 3"
 CONFIG = """\
@@ -208,57 +209,58 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.Capture
     assert f"error: {tmp_path}: no config.resolved.yaml there" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, one update each, and a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = make_run(folder, checkpoint={"every": 1, "keep": 3}, train={"steps": 3, "mini_batches": 1})
+    code, out, err = train(config)
+    assert code == 0, out + err
+    return folder / "run"
+
+
 @pytest.mark.slow
-class TestThroughThePolicy:
-    @pytest.fixture(scope="class")
-    def finished(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Three steps of one update each, a checkpoint after each."""
-        folder = tmp_path_factory.mktemp("finished")
-        config = make_run(folder, checkpoint={"every": 1, "keep": 3}, train={"steps": 3, "mini_batches": 1})
-        code, out, err = train(config)
-        assert code == 0, out + err
-        return folder / "run"
+def test_the_norm_is_that_of_the_update_that_was_made(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step 3 was trained from the weights that the checkpoint of step 2 holds."""
+    checkpoint = str(finished / "checkpoints" / "step_000002")
+    arguments = ("--steps", "3", "--checkpoint", checkpoint, "--objectives", "vespo", "reinforce", "oapl", "grpo")
+    found = compared(finished, *arguments)
+    logged = next(r["grad_norm"] for r in records(finished) if r["step"] == 3 and "eval" not in r)
+    norms, cosines = (found["whole"]["in_parameters"][key] for key in ("norms", "cosines"))
+    assert norms[0] == pytest.approx(logged, rel=1e-4)
+    # On policy all are the policy gradient, OAPL's times 2 beta.
+    assert norms == pytest.approx([logged, logged, 2e-3 * logged, logged], rel=1e-3)
+    assert min(map(min, cosines)) > 1 - 1e-6
+    assert found["weights"] == f"{checkpoint}, version 2" and found["weights_staleness"] == 0
+    assert "Over all parameters of the policy" in capsys.readouterr().out
+    assert "Cosines in the space of the parameters" in (finished / "compare" / "compare.html").read_text()
+    files = {"compare.html", "compare.json", "samples.csv", "logs"}
+    assert {path.name for path in (finished / "compare").iterdir()} == files
 
-    def test_the_norm_is_that_of_the_update_that_was_made(
-        self, finished: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """Step 3 was trained from the weights that the checkpoint of step 2 holds."""
-        checkpoint = str(finished / "checkpoints" / "step_000002")
-        arguments = ("--steps", "3", "--checkpoint", checkpoint, "--objectives", "vespo", "reinforce", "oapl", "grpo")
-        found = compared(finished, *arguments)
-        logged = next(r["grad_norm"] for r in records(finished) if r["step"] == 3 and "eval" not in r)
-        norms, cosines = (found["whole"]["in_parameters"][key] for key in ("norms", "cosines"))
-        assert norms[0] == pytest.approx(logged, rel=1e-4)
-        # On policy all three are the policy gradient, OAPL's times 2 beta.
-        assert norms == pytest.approx([logged, logged, 2e-3 * logged, logged], rel=1e-3)
-        assert min(map(min, cosines)) > 1 - 1e-6
-        assert found["weights"] == f"{checkpoint}, version 2" and found["weights_staleness"] == 0
-        assert "Over all parameters of the policy" in capsys.readouterr().out
-        assert "Cosines in the space of the parameters" in (finished / "compare" / "compare.html").read_text()
 
-    def test_stale_weights_and_another_layout(self, finished: Path) -> None:
-        """The newest checkpoint by default; pipeline parallelism in place of the run's expert parallelism."""
-        arguments = ("--objectives", "vespo", "grpo", "m2po")
-        found = compared(finished, *arguments)
-        assert found["weights"] == f"{finished}/checkpoints/step_000003, version 3" and found["weights_staleness"] == 1
-        cosines = found["whole"]["in_parameters"]["cosines"]
-        assert 0.5 < cosines[0][1] < 1 - 1e-6
-        other = compared(finished, "parallel.pipeline=2", *arguments)
-        assert other["whole"]["in_parameters"]["norms"] == pytest.approx(
-            found["whole"]["in_parameters"]["norms"], rel=1e-5
-        )
-        assert np.allclose(other["whole"]["in_parameters"]["cosines"], cosines, atol=1e-5)
+@pytest.mark.slow
+def test_stale_weights_and_another_layout(finished: Path) -> None:
+    """The newest checkpoint by default; pipeline parallelism in place of the run's expert parallelism."""
+    found, other = (
+        compared(finished, *layout, "--objectives", "vespo", "grpo", "m2po")
+        for layout in ((), ("parallel.pipeline=2",))
+    )
+    assert found["weights"] == f"{finished}/checkpoints/step_000003, version 3" and found["weights_staleness"] == 1
+    ours, theirs = (result["whole"]["in_parameters"] for result in (other, found))
+    assert theirs["cosines"][0][1] < 0.99
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
+    assert np.allclose(ours["cosines"], theirs["cosines"], atol=1e-5)
 
-    def test_an_hf_folder_has_no_known_version_but_the_start_is_0(self, finished: Path) -> None:
-        arguments = ("--objectives", "vespo", "reinforce", "--checkpoint")
-        exported = compared(finished, *arguments, str(finished / "hf"))
-        assert exported["weights"].endswith("hf, version unknown") and exported["weights_staleness"] is None
-        start = compared(finished, *arguments, str(finished.parent / "model"))
-        assert start["weights"].endswith("model, version 0") and start["weights_staleness"] == -2
-        assert start["whole"]["in_parameters"]["norms"] != exported["whole"]["in_parameters"]["norms"]
 
-    def test_the_stored_rollouts_of_the_run_are_untouched(self, finished: Path) -> None:
-        assert all(s.train_logprobs is not None for s in read_batch(batch_file(finished / "rollouts", 3)))
-        assert {path.name for path in (finished / "compare").iterdir()} == {
-            *("compare.html", "compare.json", "samples.csv", "logs"),
-        }
+@pytest.mark.slow
+def test_which_weights_there_are_and_how_many_updates_are_behind_them(finished: Path) -> None:
+    config = load_run(finished)
+    newest = find_weights(finished, config, None)
+    assert isinstance(newest, Weights) and newest.version == 3
+    assert newest.checkpoint == finished / "checkpoints" / "step_000003"
+    exported = find_weights(finished, config, str(finished / "hf"))
+    assert isinstance(exported, Weights) and exported.config.model.path == finished / "hf"
+    assert (exported.checkpoint, exported.version) == (None, None)
+    for choice, run_dir in ((str(finished.parent / "model"), finished), (None, finished.parent)):
+        start = find_weights(run_dir, config, choice)
+        assert isinstance(start, Weights) and (start.checkpoint, start.version) == (None, 0)

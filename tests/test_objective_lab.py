@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from objective_data import OBJECTIVE_CASES, Response, build_case, inputs_of, make_responses, pack, ready
-from test_objective_reference import reference_loss
+from objective_formulas import reference_loss
 
 from megatron_vespo.objectives import ObjectiveInputs
 from megatron_vespo.objectives.lab import (

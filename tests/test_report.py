@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from synthetic_run import sample, step_record, write_run
 
-from megatron_vespo.observe.plots import LEARNING, OFF_POLICY, OPTIMISATION, THROUGHPUT, WEIGHTS, smooth
+from megatron_vespo.observe.plots import LEARNING, MISMATCH, OFF_POLICY, OPTIMISATION, THROUGHPUT, WEIGHTS, smooth
 from megatron_vespo.observe.report import ReportError, duration, write_report
 from megatron_vespo.observe.stored_weights import stored_sections
 from megatron_vespo.observe.writer import RunWriter
@@ -56,7 +56,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_plot_is_there(report: str) -> None:
-    of_records = [panel.title for group in (LEARNING, OFF_POLICY, WEIGHTS) for panel in group]
+    of_records = [panel.title for group in (LEARNING, OFF_POLICY, MISMATCH, WEIGHTS) for panel in group]
     of_rollouts = ["φ against length, A > 0", "φ against length, A < 0"]
     of_rollouts += ["Spread of log W, engine", "Mean φ under the engine's mismatch alone"]
     rest = [panel.title for panel in (*OPTIMISATION, *THROUGHPUT) if panel.title != "Learning rate"]  # it is constant

@@ -31,6 +31,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "moe recompute": dict(size=2, recompute="full"),
     "moe_unnormalised": dict(),
     "mixed": dict(),
+    "mixtral": dict(),
 }
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "moe DP2": dict(size=3),
@@ -107,8 +108,7 @@ def errors_of_a_split(
     kind: str, split: dict[str, Any], losses: dict[str, float], expected: tuple[float, dict[str, torch.Tensor]]
 ) -> tuple[float, float, str]:
     """On every rank: relative error of the metric, worst gradient error relative to its tensor's largest, and whose."""
-    from test_model_parity import gather_gradient_shards
-    from tiny_models import load, megatron_tensors, share_of, tiny_hf_model, whole_name
+    from tiny_models import gather_gradient_shards, load, megatron_tensors, share_of, tiny_hf_model, whole_name
 
     from megatron_vespo.objectives import build_objective
     from megatron_vespo.policy import layout as ranks
@@ -159,8 +159,8 @@ def errors_of_a_split(
     return abs(total / denominator - value) / value, worst, whose
 
 
-def forward_only(model_config: ModelConfig) -> tuple[set[type], list[float]]:
-    """The classes of a model's routers, and the losses' values after a pass without a backward."""
+def forward_only(losses: dict[str, float]) -> tuple[set[type], list[float]]:
+    """The classes of a model's routers, and the values of losses attached to them after a pass without a backward."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_vespo.policy import layout as ranks
@@ -168,14 +168,19 @@ def forward_only(model_config: ModelConfig) -> tuple[set[type], list[float]]:
     from megatron_vespo.policy.router import RouterLosses
     from megatron_vespo.policy.step import LogprobHead, run_micro_batches
 
-    platform.current().prepare_megatron(1)
     ranks.initialize(ParallelLayout(), seed=1)
+    model_config = ModelConfig(path=Path(), dtype="float32", layer_spec="local", **losses)
     chunks = build_model(tiny("moe"), model_config, ParallelLayout())
-    losses = RouterLosses(z=1.0, balance=1.0, total_tokens=1.0, total_sequences=1.0)
-    losses.attach(chunks)
+    attached = RouterLosses(z=1.0, balance=1.0, total_tokens=1.0, total_sequences=1.0)
+    attached.attach(chunks)
     head = LogprobHead(101, temperature=1.0)
     run_micro_batches(chunks, [pack(make_samples())], head, lambda *_, **options: None, forward_only=True)
-    return {type(m) for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)}, losses.values.tolist()
+    return {type(m) for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)}, attached.values.tolist()
+
+
+def forward_only_cases() -> list[tuple[set[type], list[float]]]:
+    platform.current().prepare_megatron(1)
+    return [forward_only(losses) for losses in (LOSSES["balance"], {})]
 
 
 def run_splits(splits: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
@@ -216,9 +221,8 @@ def test_nothing_runs_without_weights_or_without_a_backward() -> None:
 
     from megatron_vespo.policy.router import LossRouter
 
-    for losses, router in ((LOSSES["z"], LossRouter), ({}, TopKRouter)):
-        model_config = ModelConfig(path=Path(), dtype="float32", layer_spec="local", **losses)
-        assert run_ranks(forward_only, 1, model_config) == [({router}, [0.0, 0.0])]
+    nothing = [0.0, 0.0]
+    assert run_ranks(forward_only_cases, 1) == [[({LossRouter}, nothing), ({TopKRouter}, nothing)]]
 
 
 def samples_of(vocab_size: int) -> list[Sample]:
@@ -236,7 +240,7 @@ def train_mini_batch(config_file: Path) -> dict[str, tuple[float, float]]:
     platform.current().prepare_megatron(1)
     overrides = ["parallel.pipeline=2", "model.router_z_loss=0.001", "model.router_balance_loss=0.01"]
     trainer = PolicyTrainer(load_config(config_file, overrides).run)
-    return trainer.train_mini_batch(samples_of(trainer.hf_config.vocab_size))
+    return trainer.train_mini_batch(samples_of(trainer.hf_config.vocab_size)).metrics
 
 
 @pytest.mark.slow

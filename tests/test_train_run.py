@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import load_config
+from megatron_vespo.loop.replay import load_run, micro_batches, read_updates
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.response_weights import weigh_trained
@@ -68,6 +69,15 @@ def test_the_rollouts_are_stored_with_the_logprobs_they_were_trained_at(finished
     moved = [float(np.abs(s.train_logprobs - s.old_logprobs).max(initial=0)) for s in samples]
     # The first update sees the weights that sampled, the second those of the first.
     assert max(moved[:16]) < 1e-5 < 1e-4 < max(moved[16:])
+
+
+def test_a_stored_batch_replays_to_the_loss_that_was_logged(finished: Path) -> None:
+    run = finished / "run"
+    objective = objective_of(load_run(run))
+    losses = [objective(inputs).loss.item() for m in read_updates(run, 2) for inputs in micro_batches(m.samples)]
+    assert len(losses) == 2  # an update each
+    logged = steps(finished)[1]["loss"]
+    assert logged == pytest.approx(sum(losses) / 2, rel=1e-5, abs=1e-6)
 
 
 def test_a_steps_weight_health_is_that_of_its_stored_rollouts(finished: Path) -> None:

@@ -113,8 +113,9 @@ class RolloutConfig(Section):
     """How many of it."""
     urls: tuple[str, ...] = ()
     """Engines that someone else started; none is launched then."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision the engine computes in."""
+    precision: Literal["fp32", "bf16", "fp8", "fp8_kv"] = "bf16"
+    """Precision the engine computes in. fp8: weights in blocks of 128 x 128, on a GPU activations too; fp8_kv: the KV
+    cache alone. On a CPU the reference engine rounds to it (docs/precision.md)."""
     samples_per_prompt: PositiveInt = 8
     """Responses in a prompt group."""
     max_response_tokens: PositiveInt = 1024

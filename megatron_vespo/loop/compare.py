@@ -47,6 +47,7 @@ from megatron_vespo.observe.comparison import Comparison, Curve, Part, Response,
 from megatron_vespo.observe.comparison_tables import print_gradients, print_summary
 from megatron_vespo.policy.objective import objective_of
 
+QUANTILES = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
 CURVE_POINTS = 81
 CURVE_TOKENS = 1 << 20
 """At most so many tokens are made up for a curve."""
@@ -207,8 +208,8 @@ def _part(batch: WeighedBatch, mini_batches: Sequence[MiniBatch]) -> Part:
         counted=int(batch.counted.sum()),
         tokens=int(batch.lengths.sum()),
         staleness=_staleness(mini_batches),
-        log_w_stale_rms=float(batch.log_w_stale.square().mean().sqrt()),
-        log_w_engine_rms=float(batch.log_w_engine.square().mean().sqrt()),
+        log_w_stale=batch.log_w_stale.quantile(QUANTILES).tolist(),
+        log_w_engine=batch.log_w_engine.quantile(QUANTILES).tolist(),
         length_edges=length_edges(batch),
         tokens_by_length=parts_by_length(batch, batch.lengths),
         objectives=summarize(batch),
@@ -240,8 +241,9 @@ def _responses(mini_batch: MiniBatch, batch: WeighedBatch) -> list[Response]:
 
 def _curves(objectives: dict[str, ComposedObjective], mini_batch: MiniBatch, batch: WeighedBatch) -> dict[str, Curve]:
     """phi of a response of median length; an objective that searches its bounds has those of ``mini_batch``."""
-    log_w = batch.log_w_stale + batch.log_w_engine
-    reach = min(max(1.2 * float(log_w.abs().max()), 0.5), 8.0)
+    log_w = (batch.log_w_stale + batch.log_w_engine).abs()
+    # As wide as the responses lie, but for the few furthest out.
+    reach = min(max(1.3 * float(log_w.quantile(0.98)), 0.5), 8.0)
     grid = torch.linspace(-reach, reach, CURVE_POINTS, dtype=torch.float64)
     length = max(1, min(int(batch.lengths.median()), CURVE_TOKENS // CURVE_POINTS))
     inputs = list(micro_batches(mini_batch.samples))

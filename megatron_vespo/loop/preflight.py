@@ -15,6 +15,7 @@ from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.rollout import EngineError, HttpEngine
+from megatron_vespo.rollout.precision import refusal
 
 GIB = 1 << 30
 
@@ -49,8 +50,8 @@ class Plan:
 
 
 def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
-    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists absent files instead."""
-    missing = _absent_model(config) + _absent_data(config)
+    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists what this machine lacks instead."""
+    missing = _absent_model(config) + _absent_data(config) + _absent_precision(config)
     if missing and not dry_run:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
@@ -94,6 +95,12 @@ def _absent_data(config: RunConfig) -> list[str]:
         for name, path in files
         if path is not None and not path.is_file()
     ]
+
+
+def _absent_precision(config: RunConfig) -> list[str]:
+    # Engines of someone else's run elsewhere, in the precision that they were given.
+    reason = None if config.rollout.urls else refusal(config.rollout.engine, config.rollout.precision)
+    return [reason] if reason else []
 
 
 def _check_layout(config: RunConfig, hf_config: Any) -> ParallelLayout:

@@ -6,19 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from megatron_vespo.config.load import ConfigError, load_config
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.preflight import check_policy
 from megatron_vespo.objectives import ObjectiveInputs
 from megatron_vespo.policy.checkpoint import STATE_FILE, CheckpointError, check_same_model, newest, read_state
+from megatron_vespo.policy.response_weights import parts, response_inputs
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.store import StoreError, batch_file, read_batch, stored_steps
-
-TOKENS_AT_ONCE = 1 << 17
-"""A dozen float64 vectors of this many tokens are at work, and one more an objective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +77,10 @@ def read_updates(run_dir: Path, step: int) -> list[MiniBatch]:
 def micro_batches(samples: Sequence[Sample]) -> Iterator[ObjectiveInputs]:
     """A mini-batch as its update saw it, in parts of whole responses without their prompts."""
     total_tokens = float(sum(int(s.loss_mask.sum()) for s in samples))
-    start = tokens = 0
-    for end, sample in enumerate(samples, start=1):
-        tokens += len(sample.response_tokens)
-        if tokens >= TOKENS_AT_ONCE or end == len(samples):
-            yield _inputs(samples[start:end], total_tokens, float(len(samples)))
-            start, tokens = end, 0
-
-
-def _inputs(samples: Sequence[Sample], total_tokens: float, total_sequences: float) -> ObjectiveInputs:
-    def joined(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(sample, name) for sample in samples]))
-
-    return ObjectiveInputs(
-        logprobs=joined("train_logprobs"),
-        old_logprobs=joined("old_logprobs"),
-        rollout_logprobs=joined("rollout_logprobs"),
-        mask=joined("loss_mask"),
-        segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(s.response_tokens) for s in samples])),
-        # float32, as the trainer packs them.
-        advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
-        num_segments=len(samples),
-        total_tokens=total_tokens,
-        total_sequences=total_sequences,
-    )
+    for some in parts(samples):
+        logprobs = [s.train_logprobs for s in samples[some] if s.train_logprobs is not None]
+        inputs = response_inputs(samples[some], logprobs)
+        yield replace(inputs, total_tokens=total_tokens, total_sequences=float(len(samples)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
+from megatron_vespo.observe.mismatch import add_probe, mismatch_metrics
 from megatron_vespo.observe.progress import RunProgress, accuracy_lines
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
@@ -173,12 +174,12 @@ class Run:
             return
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
-        worst = 0.0
-        for engine in self.engines.pool.engines:
-            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True):
-                theirs = scored[len(sample.prompt.tokens) - 1 :]
-                worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)))
-        self.metrics.add_maximum("sync_probe_max", worst)
+        differences = [
+            ours - scored[len(sample.prompt.tokens) - 1 :]
+            for engine in self.engines.pool.engines
+            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True)
+        ]
+        worst = add_probe(self.metrics, np.concatenate(differences))
         tolerance = self.config.sync.probe_tolerance
         if tolerance is not None and not worst <= tolerance:
             raise SyncError(
@@ -205,6 +206,7 @@ class Run:
             "tokens_per_s": sum(s.length for s in samples) / sum(seconds.values()),
             **self.metrics.means(),
             **health_metrics(stacked(self.weights)),
+            **mismatch_metrics(samples),
             "seconds": seconds,
         }
         self.metrics, self.weights = MetricSums(), []

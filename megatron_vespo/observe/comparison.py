@@ -14,6 +14,8 @@ from megatron_vespo.objectives.lab import Angles, Summary
 from megatron_vespo.observe.writer import finite
 
 DISPUTED_SHOWN = 8
+AGREED = 1.01
+"""Up to this factor between their |phi|, objectives do the same with a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,9 @@ class Part:
     tokens: int
     staleness: float
     """Updates since the weights that sampled, mean over tokens."""
-    log_w_stale_rms: float
-    log_w_engine_rms: float
+    log_w_stale: list[float]
+    """At 5, 50 and 95 % of the responses."""
+    log_w_engine: list[float]
     length_edges: list[float]
     """Quartiles of the lengths of the counted responses, in tokens."""
     tokens_by_length: list[float]
@@ -104,7 +107,7 @@ class Comparison:
 
     def disputed(self) -> list[Response]:
         """The responses that the objectives agree about least."""
-        disputed = [response for response in self.responses if response.dispute > 1]
+        disputed = [response for response in self.responses if response.dispute > AGREED]
         return sorted(disputed, key=lambda response: -response.dispute)[:DISPUTED_SHOWN]
 
     def facts(self) -> list[tuple[str, str]]:
@@ -117,7 +120,8 @@ class Comparison:
             ("responses", f"{whole.responses:,}, of which {whole.counted:,} have A ≠ 0"),
             ("tokens", f"{whole.tokens:,}"),
             ("staleness", f"{whole.staleness:.1f} updates"),
-            ("rms log W", f"{whole.log_w_stale_rms:.2g} stale, {whole.log_w_engine_rms:.2g} engine"),
+            ("log W, stale", quantiles(whole.log_w_stale)),
+            ("log W, engine", quantiles(whole.log_w_engine)),
             ("aggregation", self.aggregation),
             ("correction", self.correction),
             ("advantages", f"{self.advantage}, as stored"),
@@ -126,6 +130,10 @@ class Comparison:
             lag = "not known" if self.weights_staleness is None else f"{self.weights_staleness:+.1f} updates"
             facts += [("gradients at", self.weights), ("tokens' staleness there", lag)]
         return facts
+
+
+def quantiles(values: list[float]) -> str:
+    return ", ".join(f"{value:+.2g}" for value in values) + " (5, 50, 95 % of the responses)"
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -60,7 +60,8 @@ def _log_w(comparison: Comparison, response: Response) -> float:
     return response.log_w_stale + (response.log_w_engine if comparison.engine_inside else 0.0)
 
 
-def spread_out(responses: Sequence[Response], key) -> list[Response]:
+def spread_out(responses: Sequence[Response], key: Callable[[Response], float]) -> list[Response]:
+    """At most POINTS_SHOWN of them, by ``key``."""
     ordered = sorted(responses, key=key)
     if len(ordered) <= POINTS_SHOWN:
         return ordered

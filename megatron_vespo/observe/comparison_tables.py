@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,14 @@ def compact(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
+def print_whole(table: Table, console: Console) -> None:
+    """As wide as it is: rich would cut its cells to the terminal's width, or to 80 columns in a pipe."""
+    width = console.width
+    console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    console.width = width
+
+
 SUMMARY_COLUMNS = (
     ("mean c\nA > 0", "coefficient_positive", number),
     ("mean c\nA < 0", "coefficient_negative", number),
@@ -44,7 +53,7 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     console.print(Text(f"{comparison.run} ({comparison.directory})", style="bold"))
     for name, value in comparison.facts():
         console.print(Text.assemble((f"  {name:<14}", "cyan"), value), soft_wrap=True)
-    table = Table(title="From the log-probs, over all mini-batches", title_justify="left", caption_justify="left")
+    table = Table(title="From the log-probs, over all mini-batches", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("objective", no_wrap=True)
     heads = [head for head, _, _ in SUMMARY_COLUMNS] + ["norm of\ngradient", f"cosine to\n{comparison.reference}"]
     for head in heads:
@@ -58,7 +67,7 @@ def print_summary(comparison: Comparison, console: Console) -> None:
             compact(whole.in_logprobs.norms[i]),
             number(whole.in_logprobs.cosines[i][reference], "+.4f"),
         )
-    console.print(table)
+    print_whole(table, console)
     console.print(Text("Responses that the objectives agree about least", style="italic"))
     for response in comparison.disputed():
         print_response(response, console)
@@ -86,11 +95,11 @@ def print_gradients(comparison: Comparison, console: Console) -> None:
     found = comparison.whole.in_parameters
     assert found is not None
     reference = comparison.labels.index(comparison.reference)
-    table = Table(title="Over all parameters of the policy", title_justify="left")
+    table = Table(title="Over all parameters of the policy", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("objective", no_wrap=True)
     table.add_column("norm of\ngradient", justify="right")
     table.add_column(f"cosine to\n{comparison.reference}", justify="right")
     for i, label in enumerate(comparison.labels):
         cosine = number(found.cosines[i][reference], "+.4f")
         table.add_row(Text(label, style="bold" if label == comparison.own else ""), compact(found.norms[i]), cosine)
-    console.print(table)
+    print_whole(table, console)

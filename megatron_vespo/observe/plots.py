@@ -41,6 +41,7 @@ class Fan:
     note: str
     quantity: str
     """Record keys are ``<quantity>/p05`` and so on."""
+    color: str
 
 
 def parts(quantity: str, label: str) -> tuple[tuple[str, str], ...]:
@@ -73,9 +74,26 @@ OFF_POLICY = (
         reference=1.0,
     ),
     Panel(
-        *("Trainer against engine", "Per token, same weights: mean |Δ log p|, and the k3 estimate of KL."),
-        *((("rollout_logprob_diff", "|Δ log p|"), ("k3_engine", "k3")),),
+        *("Staleness", "Weight version trained minus version that sampled, per token."),
+        *((("staleness_mean", "mean"), ("staleness_max", "maximum")),),
+        floor=0.0,
+    ),
+)
+MISMATCH = (
+    Panel(
+        *("Trainer against engine", "Per token, same weights: mean and largest |Δ log p|, and the k3 estimate of KL."),
+        *((("rollout_logprob_diff", "|Δ log p|"), ("mismatch/max", "largest"), ("k3_engine", "k3")),),
         log=True,
+    ),
+    Panel(
+        *("KL(μ‖π_old), nats a token", "Two estimates: k1, unbiased and noisy, and k3, never negative."),
+        *((("mismatch/kl", "k1"), ("k3_engine", "k3")),),
+        reference=0.0,
+    ),
+    Panel(
+        *("Perplexity ratio", "The engine's over the trainer's, by response: mean, 5 % and 95 % quantiles."),
+        *((("mismatch/ppl_ratio", "mean"), ("mismatch/ppl_ratio/p05", "5 %"), ("mismatch/ppl_ratio/p95", "95 %")),),
+        reference=1.0,
     ),
     Panel(
         *("Routing mismatch", "Share of replayed (token, layer) pairs that the trainer's own router sends elsewhere."),
@@ -83,24 +101,22 @@ OFF_POLICY = (
         floor=0.0,
     ),
     Panel(
-        *("Staleness", "Weight version trained minus version that sampled, per token."),
-        *((("staleness_mean", "mean"), ("staleness_max", "maximum")),),
-        floor=0.0,
-    ),
-    Panel(
-        *("Weight-sync probe", "Largest |engine − trainer| log-prob on fixed prompts, right after a sync."),
-        *((("sync_probe_max", "maximum"),),),
+        *(
+            "Weight-sync probe",
+            "|engine − trainer| log-prob of the same few responses of the first step, right after each sync.",
+        ),
+        *((("sync_probe_max", "maximum"), ("sync_probe_diff", "mean"), ("sync_probe_k3", "k3")),),
         log=True,
     ),
 )
 WEIGHTS = (
     Fan(
         *("log W, stale", "log π − log π_old summed over a response: quantiles over the responses of a step."),
-        "health/log_w_stale",
+        *("health/log_w_stale", SERIES[1]),
     ),
     Fan(
         *("log W, engine", "log π_old − log μ summed over a response: the engine's mismatch, mind the scale."),
-        "health/log_w_engine",
+        *("health/log_w_engine", SERIES[2]),
     ),
     Panel(
         *("Effective sample size", "(Σx)² / (n Σx²) of W, of its two factors and of φ: the share that still counts."),
@@ -176,11 +192,11 @@ def draw_fan(fan: Fan, steps: Sequence[Record]) -> str | None:
     with styled():
         figure, axes = new_figure()
         for y in (curves[0], curves[-1]) if smoothing(x) else ():
-            axes.plot(x, y, color=SERIES[0], linewidth=0.6, alpha=0.4)  # so that smoothing hides no step gone wrong
+            axes.plot(x, y, color=fan.color, linewidth=0.6, alpha=0.4)  # so that smoothing hides no step gone wrong
         low, lower, middle, upper, high = (smooth(y, smoothing(x)) for y in curves)
-        axes.fill_between(x, low, high, color=SERIES[0], alpha=0.18, linewidth=0, label="5–95 %")
-        axes.fill_between(x, lower, upper, color=SERIES[0], alpha=0.35, linewidth=0, label="25–75 %")
-        axes.plot(x, middle, color=SERIES[0], label="median")
+        axes.fill_between(x, low, high, color=fan.color, alpha=0.18, linewidth=0, label="5–95 %")
+        axes.fill_between(x, lower, upper, color=fan.color, alpha=0.35, linewidth=0, label="25–75 %")
+        axes.plot(x, middle, color=fan.color, label="median")
         axes.axhline(0.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         add_legend(figure, axes)
         return to_svg(figure)

@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} is missing or holds no record yet. Is this a run directory?")
     config_path = run_dir / "config.resolved.yaml"
     config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
-    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"), _stored(run_dir))
+    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"), *_stored(run_dir))
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -52,12 +52,15 @@ def read_samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
-def _stored(run_dir: Path) -> str:
+def _stored(run_dir: Path) -> tuple[str, str]:
+    """What the stored rollouts say: tables of the mismatch, and sections of their own."""
     if not (run_dir / "rollouts").is_dir():
-        return ""
-    from megatron_vespo.observe.stored_weights import stored_sections  # here: it costs the import of torch
+        return "", ""
+    # Here: they cost the import of torch.
+    from megatron_vespo.observe.mismatch_tables import mismatch_tables
+    from megatron_vespo.observe.stored_weights import stored_sections
 
-    return stored_sections(run_dir)
+    return mismatch_tables(run_dir), stored_sections(run_dir)
 
 
 def render(
@@ -65,9 +68,10 @@ def render(
     records: Sequence[Record],
     config_text: str,
     samples: dict[int, list[dict[str, Any]]],
+    mismatch: str = "",
     stored: str = "",
 ) -> str:
-    """The page. ``stored``: its sections from the stored rollouts."""
+    """The page. ``mismatch``: tables that belong to that section; ``stored``: sections from the stored rollouts."""
     evaluations = [record for record in records if isinstance(record.get("eval"), dict)]
     steps = [record for record in records if "eval" not in record]
     config = _parsed(config_text)
@@ -88,6 +92,7 @@ def render(
         markup.section("Learning", markup.grid(panels(plots.LEARNING))),
         markup.section("Held-out accuracy", _evaluation_table(evaluations)),
         markup.section("Off-policy health", markup.grid(panels(plots.OFF_POLICY))),
+        markup.section(_mismatch_title(config), markup.grid(panels(plots.MISMATCH)) + mismatch),
         markup.section("Sequence weights", markup.grid(panels(plots.WEIGHTS))),
         stored,
         markup.section("Optimisation", markup.grid(panels(plots.OPTIMISATION))),
@@ -129,12 +134,21 @@ def _header(run_name: str, config: dict[str, Any], steps: Sequence[Record]) -> s
         ("objective", _setting(config, "objective", "name")),
         ("aggregation", _setting(config, "objective", "aggregation")),
         ("engine", _setting(config, "rollout", "engine")),
+        ("precision", _setting(config, "rollout", "precision")),
         ("layout", " ".join(layout)),
         ("mini-batches a step", _setting(config, "train", "mini_batches")),
         ("model", _setting(config, "model", "path")),
         ("seed", config.get("seed")),
     ]
     return markup.heading(_name(run_name, config), [(k, v) for k, v in facts if v not in (None, "")])
+
+
+def _mismatch_title(config: dict[str, Any]) -> str:
+    """``Train-inference mismatch: reference engine in fp8, trainer in float32``, as far as the config says."""
+    precision, dtype = _setting(config, "rollout", "precision"), _setting(config, "model", "dtype")
+    sides = [f"{_setting(config, 'rollout', 'engine')} engine in {precision}"] if precision else []
+    sides += [f"trainer in {dtype}"] if dtype else []
+    return escape("Train-inference mismatch" + (": " + ", ".join(sides) if sides else ""))
 
 
 LAYOUT = (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "EP"))

@@ -36,11 +36,12 @@ from megatron_vespo.objectives.budget import (
     table_head,
 )
 from megatron_vespo.objectives.metrics import k3
+from megatron_vespo.observe.mismatch import differences
 from megatron_vespo.observe.weight_health import length_bins
-from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
+from megatron_vespo.samples.store import read_newest
 
 TOKENS_ENOUGH = 1 << 22
-"""Older batches are not read once the newer ones have so many counted tokens."""
+"""Older batches are not read once the newer ones have so many response tokens."""
 BINS = 5
 """Ranges of lengths, at most."""
 LEVEL = 0.9
@@ -93,23 +94,15 @@ class BudgetRow:
 def measure_mismatch(run_dir: Path) -> EngineMismatch:
     """Reads ``run_dir/rollouts``. Raises ValueError (StoreError) where there is nothing, or nothing readable."""
     folder = Path(run_dir) / "rollouts"
-    steps: list[int] = []
-    parts: list[np.ndarray] = []
-    for step in reversed(stored_steps(folder)):
-        if sum(map(len, parts)) >= TOKENS_ENOUGH:
-            break
-        steps.insert(0, step)
-        for sample in read_batch(batch_file(folder, step)):
-            if sample.old_logprobs is not None and sample.loss_mask.any():
-                difference = sample.old_logprobs.astype(np.float64) - sample.rollout_logprobs
-                parts.append(difference[sample.loss_mask])
-    if not parts:
+    batches = read_newest(folder, TOKENS_ENOUGH)
+    found = differences(sample for samples in batches.values() for sample in samples)
+    if not len(found.values):
         raise ValueError(f"{folder}: no stored rollouts; a run keeps its newest where log.rollouts_kept > 0")
     return EngineMismatch(
-        steps=steps,
-        differences=torch.from_numpy(np.concatenate(parts)),
-        lengths=np.array([len(part) for part in parts]),
-        log_w=torch.tensor([part.sum() for part in parts], dtype=torch.float64),
+        steps=list(batches),
+        differences=torch.from_numpy(found.values),
+        lengths=found.lengths,
+        log_w=torch.from_numpy(found.log_w),
     )
 
 
@@ -180,11 +173,11 @@ def run_budget_table(run_dir: Path, name: str, params: Mapping[str, Any], length
         assert row.signs is not None
         count = f"{row.responses or 'none':>10}"
         label = f"{span_text(row):>11}{count}" if row.source == "normal" else " " * 21
-        log_w = f"{row.mean:.3g} ± {row.deviation:.3g}"
+        log_w = f"{row.mean:.2g} ± {row.deviation:.2g}"
         lines.append(f"{label}{row.source:>10}{log_w:>20}{table_cells(*row.signs)}")
         if row.sign_ends and row.deviation_ends:
             ends = zip(("from", "to"), row.deviation_ends, *row.sign_ends, strict=True)
-            lines += [f"{word:>31}{f'± {s:.3g}':>20}{table_cells(*signs)}" for word, s, *signs in ends]
+            lines += [f"{word:>31}{f'± {s:.2g}':>20}{table_cells(*signs)}" for word, s, *signs in ends]
     return "\n".join(lines)
 
 

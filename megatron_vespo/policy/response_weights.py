@@ -50,7 +50,7 @@ def weigh(objective: ComposedObjective, samples: Sequence[Sample], logprobs: Seq
     ``objective`` is prepared already where it searches its bounds.
     """
     tables = []
-    for some in _parts(samples):
+    for some in parts(samples):
         inputs = response_inputs(samples[some], logprobs[some])
         found = response_weights(objective, inputs)
         columns = {f.name: getattr(found, f.name).numpy() for f in fields(found)}
@@ -73,12 +73,12 @@ def weigh_trained(objective: ComposedObjective, samples: Sequence[Sample]) -> We
 def _weigh_update(objective: ComposedObjective, samples: Sequence[Sample]) -> WeightTable:
     logprobs = [s.train_logprobs for s in samples if s.train_logprobs is not None]
     if objective.needs_preparation:
-        shares = [objective.measure(response_inputs(samples[some], logprobs[some])) for some in _parts(samples)]
+        shares = [objective.measure(response_inputs(samples[some], logprobs[some])) for some in parts(samples)]
         objective = objective.prepare(torch.stack(shares).sum(0))
     return weigh(objective, samples, logprobs)
 
 
-def _parts(samples: Sequence[Sample]) -> Iterator[slice]:
+def parts(samples: Sequence[Sample]) -> Iterator[slice]:
     """Cuts between responses, so that a part has about TOKENS_AT_ONCE tokens (or one longer response)."""
     start = tokens = 0
     for end, sample in enumerate(samples):

@@ -87,11 +87,10 @@ def _balance_sum(
     count_e mean_t P_te, P being the softmax over all experts. Counts are constants: they alone are added over
     ``group``, and a token's gradient stays with the token."""
     counts = members @ chosen.to(logits.dtype)
-    if len(counts):
-        dist.all_reduce(counts, group=group)
+    dist.all_reduce(counts, group=group)
     lengths = counts.sum(-1, keepdim=True) / topk
-    weights = logits.shape[-1] / (topk * lengths.square()) * counts
-    return (weights * (members @ logits.softmax(-1))).sum()
+    weights = members.T @ (logits.shape[-1] / (topk * lengths.square()) * counts)
+    return (weights * logits.softmax(-1)).sum()
 
 
 class LossRouter(TopKRouter):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_vespo.rollout import sglang
 from megatron_vespo.rollout.client import HttpEngine
+from megatron_vespo.rollout.precision import EngineKind, Precision, check_block_fp8, precision_flags, refusal
 from megatron_vespo.rollout.process import EngineProcess, free_port
+from megatron_vespo.rollout.protocol import EngineError
 
 HOST = "127.0.0.1"
-EngineKind = Literal["reference", "sglang"]
-Precision = Literal["fp32", "bf16"]
-DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def launch_engine(
@@ -39,13 +38,16 @@ def launch_engine(
         routed_experts: requests may ask for their routing (the reference engine always answers them).
 
     Raises:
-        EngineError: it ended early or was not healthy in time; the message holds the end of its log.
+        EngineError: it cannot compute in ``precision`` here; it ended early or was not healthy in time, and the
+            message holds the end of its log.
     """
+    if reason := refusal(kind, precision):
+        raise EngineError(reason)
     flags: dict[str, Any] = {
         "model-path": model_path,
         "host": HOST,
         "port": free_port(HOST),
-        "dtype": DTYPES[precision],
+        **precision_flags(kind, precision),
         "random-seed": seed,
         "weight-version": weight_version,
     }
@@ -55,6 +57,8 @@ def launch_engine(
     else:
         module, env = "megatron_vespo.rollout.reference", {"OMP_NUM_THREADS": str(extra.get("threads", 1))}
     flags |= extra
+    if kind == "sglang" and flags.get("quantization") == "fp8":
+        check_block_fp8(Path(flags["model-path"]))
     process = EngineProcess([sys.executable, "-m", module, *_command_line(flags)], log_file, env)
     url = f"http://{flags['host']}:{flags['port']}"
     try:

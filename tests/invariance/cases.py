@@ -48,7 +48,7 @@ class Packing:
     """False: the trainer's own plan, longest first. True: as many micro-batches, filled at random, some perhaps not."""
 
 
-PACKINGS = [Packing(tokens, shuffled) for tokens in (1000, 40) for shuffled in (False, True)]
+PACKINGS = [Packing(tokens, shuffled) for tokens in (1000, 30) for shuffled in (False, True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +104,25 @@ Work = dict[tuple[str, str], list[tuple[Cell, Packing]]]
 
 
 def whole_matrix() -> Work:
-    """Every cell in every packing under every split."""
-    return {(kind, name): list(product(CELLS, PACKINGS)) for kind in KINDS for name in SPLITS[kind]}
+    """Every cell in every packing under every split of one or two ranks; under one of four, which combines those, every
+    cell once, and packings take turns."""
+    turns = [(cell, PACKINGS[(i + i // len(AGGREGATIONS)) % len(PACKINGS)]) for i, cell in enumerate(CELLS)]
+    return {
+        (kind, name): list(product(CELLS, PACKINGS)) if split.ranks <= 2 else turns
+        for kind in KINDS
+        for name, split in SPLITS[kind].items()
+    }
 
 
 def fast_subset() -> Work:
     """Every objective once under every split of two ranks, and one correction; aggregations and packings take turns."""
     turns = list(product(PACKINGS, AGGREGATIONS))
     work: Work = {}
-    small = [(kind, name) for kind in KINDS for name, split in SPLITS[kind].items() if split.ranks <= 2]
-    for key in small:
-        first = len(work) * (len(OBJECTIVE_CASES) + 1)
-        passes = []
+    keys = [(kind, name) for kind, splits in SPLITS.items() for name, split in splits.items() if split.ranks <= 2]
+    for number, key in enumerate(keys):
+        passes = [(CORRECTION_CELLS[number % len(CORRECTION_CELLS)], PACKINGS[number % len(PACKINGS)])]
         for i, objective in enumerate(OBJECTIVE_CASES):
-            packing, aggregation = turns[(first + i) % len(turns)]
+            packing, aggregation = turns[(7 * number + i) % len(turns)]  # 7: no objective meets the same pair always
             passes.append((Cell(objective, aggregation), packing))
-        passes.append((CORRECTION_CELLS[len(work) % len(CORRECTION_CELLS)], PACKINGS[len(work) % len(PACKINGS)]))
         work[key] = passes
     return work

@@ -23,12 +23,13 @@ page; a part of it is in `make test` (`tests/test_invariance.py`).
 
 **What is varied.** {objectives} objectives (each with its defaults, and the forms that its parameters switch
 between), each with {aggregations} aggregations ({names}), each in {packings} packings: one micro-batch a rank, or as
-many as a budget of 40 tokens makes; in the trainer's own order (longest first), or dealt out at random, so that ranks
-and micro-batches differ in size and some are empty. {corrections} corrections of the engine mismatch, with VESPO and
-one aggregation each. All of it under every split, for a dense model (Qwen3, tied embeddings) and an MoE (Qwen3-MoE, 4
-experts, top 2) of 4 layers. DP, CP, TP, PP, EP: data, context, tensor, pipeline, expert parallel; SP: sequence
-parallelism; VPP: virtual pipeline stages (the interleaved schedule); ETP: tensor parallelism inside an expert; DO:
-the distributed optimizer, which leaves each rank a shard of the gradients.
+many as a budget of {budget} tokens makes; in the trainer's own order (longest first), or dealt out at random, so that
+ranks and micro-batches differ in size and some are empty. {corrections} corrections of the engine mismatch, with
+VESPO and one aggregation each. All of it under every split of two ranks, and under those of four, which combine them,
+with packings taking turns. Everything for a dense model (Qwen3, tied embeddings) and an MoE (Qwen3-MoE, 4 experts,
+top 2) of 4 layers. DP, CP, TP, PP, EP: data, context, tensor, pipeline, expert parallel; SP: sequence parallelism;
+VPP: virtual pipeline stages (the interleaved schedule); ETP: tensor parallelism inside an expert; DO: the distributed
+optimizer, which leaves each rank a shard of the gradients.
 
 **What runs.** Each of these is a forward and backward pass of its own: megatron-core's model, schedule and DDP, set
 up and driven as `PolicyTrainer` does (`run_micro_batches`, `objective_loss`, `sum_metrics`), float32, gloo.
@@ -68,6 +69,7 @@ def page(found: dict[tuple[str, str], Findings], seconds: float) -> str:
         aggregations=len(AGGREGATIONS),
         names=", ".join(AGGREGATIONS),
         packings=len(PACKINGS),
+        budget=min(packing.tokens for packing in PACKINGS),
         corrections=len(CORRECTION_CELLS),
         norm_row=NORM_ROW,
         cells=len(cells),

@@ -100,7 +100,8 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
         try:
             version = int(body.weight_version)
             # Loaded beside the running weights; generation goes on until the swap, which nothing can fail any more.
-            model = await asyncio.to_thread(ReferenceModel, body.model_path, dtype, generator.model.context_length)
+            now = generator.model
+            model = await asyncio.to_thread(ReferenceModel, body.model_path, dtype, now.context_length, now.fp8)
             _check_same_shape(generator.model, model)
         except (ValueError, OSError) as error:
             return _refusal(400, str(error))
