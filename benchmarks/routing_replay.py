@@ -3,7 +3,7 @@
     python benchmarks/routing_replay.py            # a random Qwen3-MoE, 32 experts, top-4
     python benchmarks/routing_replay.py --checkpoint runs/quickstart_model
 
-The engine samples token by token (with a KV cache), the trainer computes whole sequences: same weights, and the same precision but for the engine in fp8.
+The engine samples token by token (with a KV cache), the trainer computes whole sequences, from the same weights.
 Beside the replay of expert numbers, two variants that the trainer does not have: slots in the order of the experts'
 numbers instead of the engine's, and the engine's gate weights in the place of the live ones.
 """
