@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from rollout_checkpoints import EOS, VOCABULARY, plain_logprobs
+from rollout_checkpoints import EOS, ROUTING, VOCABULARY, plain_logprobs, plain_routing
 from served_engines import PROMPT, TOLERANCE, Served, ask, assert_own_logprobs, assert_span
 
 from megatron_vespo.rollout import EngineError, Generation
@@ -112,6 +112,64 @@ def test_paused_responses_go_on_under_new_weights_with_versions_kept(served: Ser
         assert (np.diff(got.weight_versions) >= 0).all()
         for version, model in zip((old, new), served.models, strict=True):
             assert_span(model, prompt, got, version)
+
+
+def assert_own_routing(served: Served, index: int, prompt: np.ndarray, got: Generation, tokens: slice) -> None:
+    """``tokens`` of prompt and response went where transformers sends them, slot by slot."""
+    expected = plain_routing(served.models[index], np.concatenate([prompt, got.tokens]))
+    assert got.routed_experts is not None and got.routed_experts.dtype == np.uint8
+    assert got.routed_experts.shape == (len(prompt) + len(got.tokens) - 1, *expected.shape[1:])
+    np.testing.assert_array_equal(got.routed_experts[tokens], expected[:-1][tokens])
+
+
+def test_the_routing_is_that_of_transformers(served: Served) -> None:
+    for index in (1, 0):
+        served.load(index)
+        prompts = [PROMPT, PROMPT[:1], np.tile(PROMPT, 9)]
+        requests = [ask(f"r{index}{i}", 12 + 30 * i, prompt=p, n=3) for i, p in enumerate(prompts)]
+        for i in (0, 2):  # the one between is not asked for its own
+            requests[i].routing = ROUTING
+        first, second, third = served.engine.generate(requests)
+        assert all(got.routed_experts is None for got in second)
+        for prompt, group in ((PROMPT, first), (prompts[2], third)):
+            for got in group:
+                assert_own_routing(served, index, prompt, got, slice(None))
+
+
+def test_after_a_swap_the_reference_engine_keeps_the_routing_that_sampled_and_sglang_the_newest(served: Served) -> None:
+    old = served.load(0)
+    request = ask("swapped", 700)
+    request.routing = ROUTING
+    answer = served.in_background([request])
+    time.sleep(0.5)
+    served.engine.pause()
+    try:
+        served.load(1)
+    finally:
+        served.engine.resume()
+    ((got,),) = answer.result(timeout=120)
+    # The last token that the old weights sampled is first computed by the new ones.
+    computed_by_old = len(PROMPT) + int((got.weight_versions == old).sum()) - 1
+    assert len(PROMPT) < computed_by_old < len(PROMPT) + 699
+    before, after = slice(computed_by_old), slice(computed_by_old, None)
+    assert_own_routing(served, 0 if served.kind == "reference" else 1, PROMPT, got, before)
+    assert_own_routing(served, 1, PROMPT, got, after)
+
+
+def test_an_aborted_response_has_the_routing_of_what_it_has(served: Served) -> None:
+    served.load(0)
+    request = ask("cut", 1500)
+    request.routing = ROUTING
+    answer = served.in_background([request])
+    time.sleep(0.5)
+    served.engine.abort("cut")
+    ((got,),) = answer.result(timeout=30)
+    assert got.finish_reason == "abort" and 0 < len(got.tokens) < 1500
+    assert_own_routing(served, 0, PROMPT, got, slice(None))
+
+
+def test_an_engine_says_whether_it_returns_routing(served: Served) -> None:
+    assert served.engine.returns_routing()
 
 
 def test_abort_ends_one_group_or_all_with_what_they_have(served: Served) -> None:

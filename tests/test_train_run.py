@@ -125,6 +125,25 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(finished: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("mode", ["r2", "r3"])
+def test_routing_is_replayed_through_a_run(tmp_path: Path, mode: str) -> None:
+    model = {"routing_replay": mode, "router_z_loss": 0.01}
+    config = make_run(tmp_path, model=model, train={"steps": 2}, checkpoint={"export_hf": False})
+    code, out, err = train(config)
+    assert code == 0, out + err
+    for record in steps(tmp_path):
+        assert record["rollout_logprob_diff"] < 1e-5
+        # In float32 engine and trainer agree; the second update of a step finds its router moved.
+        assert record.get("routing_mismatch_engine", -1.0) == (-1.0 if mode == "r2" else 0.0)
+        assert 0 < record["routing_mismatch_update"] < 0.5 and record["router_z_loss"] > 0
+    samples = read_batch(batch_file(tmp_path / "run" / "rollouts", 2))
+    for s in samples:
+        if mode == "r2":
+            assert s.routed_experts is None
+        else:
+            assert s.routed_experts.shape == (s.length - 1, 2, 2) and s.routed_experts.dtype == np.uint8
+
+
 def is_engine(pid: int) -> bool:
     return "megatron_vespo.rollout.reference" in Path(f"/proc/{pid}/cmdline").read_text()
 

@@ -47,6 +47,7 @@ class EngineHost:
             host=ray.util.get_node_ip_address() if key else LOOPBACK,
             key=key,
             engine_args=rollout.engine_args,
+            routed_experts=config.model.replays_engine_routing,
             seed=config.seed + index,
             launch_timeout_s=rollout.launch_timeout_s,
             warmup_tokens=rollout.warmup_tokens,

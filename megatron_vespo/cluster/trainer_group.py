@@ -128,6 +128,13 @@ class TrainerGroup:
         logprobs = _in_order([result.logprobs for result in results])
         return metrics, logprobs, stacked([result.weights for result in results])
 
+    def compute_old_logprobs(
+        self, mini_batch: Sequence[Sample]
+    ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+        """What the next update of ``mini_batch`` starts from. (metrics, [response] float32 log pi_old of each)."""
+        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)))
+        return results[0][1], _in_order([logprobs for logprobs, _ in results])
+
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
         return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))

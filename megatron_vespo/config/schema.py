@@ -34,12 +34,19 @@ class ModelConfig(Section):
     """Log-probs from hidden states tile by tile, or through the logits of a whole micro-batch (same numbers)."""
     router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the MoE router's logits; None keeps the model's."""
+    routing_replay: Literal["none", "r2", "r3", "both"] = "none"
+    """Which experts tokens go to in the update: r2, those of the old-log-prob pass; r3, the engine's, in the
+    old-log-prob pass too; both, the engine's where it gave them and r2's elsewhere (docs/routing_replay.md)."""
     router_z_loss: NonNegativeFloat = 0.0
     """Weight of the routers' z-loss: the square of the log-sum-exp of a token's router logits, added over the MoE
     layers, mean over the mini-batch's tokens (prompts too)."""
     router_balance_loss: NonNegativeFloat = 0.0
     """Weight of load balancing by sequence: number of experts times the sum over them of (share of the sequence's
     routed tokens) x (mean probability), 1 where even; added over the MoE layers, mean over the sequences."""
+
+    @property
+    def replays_engine_routing(self) -> bool:
+        return self.routing_replay in ("r3", "both")
 
     @property
     def has_router_losses(self) -> bool:

@@ -16,6 +16,7 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout import HttpEngine
 from megatron_vespo.rollout.launch import flag_names
 from megatron_vespo.rollout.precision import refusal
 from megatron_vespo.rollout.protocol import EngineError
@@ -60,6 +61,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
+    _check_routing_replay(config, hf_config, ask_engines=not dry_run)
     layout = _check_layout(config, hf_config)
     _check_engines(config)
     _check_sync(config)
@@ -143,6 +145,33 @@ def _model_config(config: RunConfig) -> Any:
 
 def _no_checkpoint(config: RunConfig) -> str:
     return f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
+
+
+def _check_routing_replay(config: RunConfig, hf_config: Any, *, ask_engines: bool) -> None:
+    mode = config.model.routing_replay
+    if mode != "none" and not num_experts(hf_config):
+        raise ConfigError(
+            f"model.routing_replay = {mode}, but the model ({hf_config.model_type}) has no experts; set it to none"
+        )
+    if not config.model.replays_engine_routing:
+        return
+    flags = {name.replace("_", "-"): value for name, value in config.rollout.engine_args.items()}
+    if flags.get("enable-return-routed-experts") is False:
+        raise ConfigError(
+            f"model.routing_replay = {mode} needs the engines' routing, and rollout.engine_args turns "
+            "enable-return-routed-experts off; take that out, or set model.routing_replay to r2 or none"
+        )
+    for url in config.rollout.urls if ask_engines else ():
+        try:
+            with HttpEngine(url, key=os.environ.get(config.rollout.urls_key_env or "")) as engine:
+                returns = engine.returns_routing()
+        except EngineError as error:
+            raise ConfigError(f"rollout.urls: {error}") from None
+        if not returns:
+            raise ConfigError(
+                f"model.routing_replay = {mode} needs the engines' routing, and {url} (rollout.urls) does not return "
+                "it; launch it with --enable-return-routed-experts, or set model.routing_replay to r2 or none"
+            )
 
 
 def _check_counts(config: RunConfig, hf_config: Any) -> None:

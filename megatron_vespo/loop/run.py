@@ -30,6 +30,7 @@ from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
+from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
@@ -38,7 +39,7 @@ from megatron_vespo.rollout.protocol import Engine, EngineError, SamplingParams
 from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.rollout.sampling import group_seeds, sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 from megatron_vespo.samples.weight_table import WeightTable, stacked
 from megatron_vespo.weights.sync import SyncError, SyncReport
@@ -62,6 +63,8 @@ class Run:
     """rollout.function."""
     writer: RunWriter
     progress: RunProgress
+    routing: RoutingShape | None = None
+    """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     version: int = 0
@@ -89,13 +92,20 @@ class Run:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int, *, batch: str
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples_per_prompt: int,
+        *,
+        batch: str,
+        routing: RoutingShape | None = None,
     ) -> list[Sample]:
         options: dict[str, Any] = dict(
             samples_per_prompt=samples_per_prompt,
             batch=f"{self.step}/{batch}",
             seeds=group_seeds(self.config.seed, self.step, batch, len(prompts)),
             tokenizer=self.tokenizer,
+            routing=routing,
         )
         if self.play is not None:
             return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
@@ -104,7 +114,7 @@ class Run:
     def rollout(self, prompts: Sequence[Prompt], *, batch: str) -> list[Sample]:
         settings = self.config.rollout
         sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
-        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch)
+        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch, routing=self.routing)
         if self.config.train.mask_truncated:
             for sample in samples:
                 if sample.finish_reason == "length":
@@ -135,10 +145,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
+    def recompute_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
         """log pi_old: the trainer still holds the weights that sampled."""
-        found = self.trainers.compute_logprobs(samples, self.config.rollout.temperature)
-        for sample, logprobs in zip(samples, found, strict=True):
+        metrics, found = self.trainers.compute_old_logprobs(mini_batch)
+        for name, (total, denominator) in metrics.items():
+            self.metrics.add(name, total, denominator)
+        for sample, logprobs in zip(mini_batch, found, strict=True):
             sample.old_logprobs = logprobs
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
@@ -170,11 +182,10 @@ class Run:
                 report = self.trainers.publish(self.version, urls, self.engines.key)
                 break
             except EngineError:
-                # Under a streamed transport the ranks stand in the middle of a collective: nothing to go on from.
-                if config.sync.transport != "disk" or len(pool.each(lambda engine: engine.weight_version())) == len(
-                    urls
-                ):
-                    raise
+                if config.sync.transport != "disk":
+                    raise  # the ranks stand in the middle of a collective: nothing to go on from
+                if len(pool.each(lambda engine: engine.weight_version())) == len(urls):
+                    raise  # none has died
         if config.sync.transport == "disk":
             folder = version_folder(sync_folder(config), self.version)
             pool.catch_up(ServedWeights(folder, self.version))
@@ -320,6 +331,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             play=play,
             writer=writer,
             progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
+            routing=_engine_routing(config),
             step=state["step"],
             version=state["version"],
         )
@@ -343,3 +355,10 @@ def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
         suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,
     )
+
+
+def _engine_routing(config: RunConfig) -> RoutingShape | None:
+    """What the engines are asked to return with each response."""
+    from transformers import AutoConfig
+
+    return routing_shape(AutoConfig.from_pretrained(config.model.path)) if config.model.replays_engine_routing else None

@@ -22,6 +22,7 @@ from megatron_vespo.rollout.protocol import (
     PauseMode,
     SamplingParams,
 )
+from megatron_vespo.rollout.routing import decode_routing
 
 CONNECT_ATTEMPTS = 3
 CONNECT_RETRY_S = 0.3
@@ -169,6 +170,10 @@ class HttpEngine:
         version = self._call("GET", "/model_info").json()["weight_version"]
         return _version(self.url, version)
 
+    def returns_routing(self) -> bool:
+        """Whether it was launched so that it can answer requests with ``routing``."""
+        return bool(self._call("GET", "/server_info").json().get("enable_return_routed_experts"))
+
     def abort(self, request_id: str | None = None) -> None:
         if request_id is None:
             self._call("POST", "/abort_request", {"abort_all": True})
@@ -250,13 +255,13 @@ def _rid(request_id: str, index: int) -> str:
 
 
 def calls_of(items: Sequence[T], request_of: Callable[[T], GenerateRequest]) -> list[list[T]]:
-    """Consecutive items, as many to a call as CALL_TOKENS allows."""
+    """Consecutive items that all want their routing or none, as many to a call as CALL_TOKENS allows."""
     calls: list[list[T]] = []
     room = 0
     for item in items:
         request = request_of(item)
         wanted = request.n * request.sampling.max_tokens
-        if not calls or wanted > room:
+        if not calls or wanted > room or (request.routing is None) != (request_of(calls[-1][-1]).routing is None):
             calls.append([])
             room = CALL_TOKENS
         calls[-1].append(item)
@@ -270,11 +275,8 @@ def _name(call: list[GenerateRequest]) -> str:
 
 
 def _generate_body(requests: list[GenerateRequest]) -> dict[str, Any]:
-    asking = next((request.id for request in requests if request.return_routed_experts), None)
-    if asking is not None:
-        raise EngineError(f"request {asking!r} asks for return_routed_experts, which no engine answers yet")
     samples = [(request, i) for request in requests for i in range(request.n)]
-    return {
+    body = {
         "input_ids": [request.prompt_tokens.tolist() for request, _ in samples],
         "sampling_params": [
             _sampling_body(request.sampling) | ({} if request.seed is None else {"sampling_seed": request.seed + i})
@@ -283,6 +285,7 @@ def _generate_body(requests: list[GenerateRequest]) -> dict[str, Any]:
         "rid": [_rid(request.id, i) for request, i in samples],
         "return_logprob": True,
     }
+    return body if requests[0].routing is None else body | {"return_routed_experts": True}
 
 
 def _sampling_body(sampling: SamplingParams) -> dict[str, Any]:
@@ -310,7 +313,25 @@ def _generation(url: str, request: GenerateRequest, item: dict[str, Any]) -> Gen
         logprobs=np.array([entry[0] for entry in entries], np.float32),
         weight_versions=_versions(url, meta, len(entries)),
         finish_reason=reason,
+        routed_experts=_routed_experts(url, request, meta, len(entries)),
     )
+
+
+def _routed_experts(url: str, request: GenerateRequest, meta: dict[str, Any], length: int) -> np.ndarray | None:
+    if request.routing is None:
+        return None
+    packed = meta.get("routed_experts")
+    if packed is None:
+        if not length:  # aborted before it began
+            return None
+        raise EngineError(
+            f"{url} answered request {request.id!r} without its routed experts; launch it with "
+            "--enable-return-routed-experts, or set model.routing_replay to r2 or none"
+        )
+    try:
+        return decode_routing(packed, len(request.prompt_tokens) + length - 1, request.routing)
+    except ValueError as error:
+        raise EngineError(f"{url} sent unusable routed experts for request {request.id!r}: {error}") from None
 
 
 def _versions(url: str, meta: dict[str, Any], length: int) -> np.ndarray:

@@ -35,6 +35,7 @@ def launch_engine(
     host: str = LOOPBACK,
     key: str | None = None,
     engine_args: Mapping[str, Any] | None = None,
+    routed_experts: bool = False,
     launch_timeout_s: float = 600.0,
     request_timeout_s: float = 1800.0,
     warmup_tokens: int = 0,
@@ -46,6 +47,7 @@ def launch_engine(
         model_path: HF-format checkpoint folder, whose weights become ``weight_version``.
         host: address to listen on. Another than loopback's wants a ``key``, without which the engine answers nobody.
         engine_args: further flags of the engine's command line (:func:`command_line`). They override ours.
+        routed_experts: requests may ask for their routing (the reference engine always answers them).
         launch_timeout_s: for loading, compiling and warming up together.
         say: told every now and then what the launch is waiting for.
 
@@ -67,7 +69,7 @@ def launch_engine(
         "weight-version": weight_version,
     }
     if kind == "sglang":
-        module, flags, env = sglang.command(flags)
+        module, flags, env = sglang.command(flags | {"enable-return-routed-experts": routed_experts})
     else:
         module, env = "megatron_vespo.rollout.reference", {"OMP_NUM_THREADS": str(extra.get("threads", 1))}
     flags |= extra

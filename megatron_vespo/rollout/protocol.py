@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from megatron_vespo.samples.records import FinishReason
+from megatron_vespo.samples.records import FinishReason, RoutingShape
 
 
 class EngineError(RuntimeError):
@@ -71,7 +71,8 @@ class GenerateRequest:
     seed: int | None = None
     """Response i is drawn with seed + i where the engine honours seeds (the reference engine does; SGLang with
     --enable-deterministic-inference, on a GPU)."""
-    return_routed_experts: bool = False
+    routing: RoutingShape | None = None
+    """Set: the experts that each token was sent to come back with the responses."""
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Generation:
     weight_versions: np.ndarray
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = None
+    """As ``Sample.routed_experts``, where the request asked; None all the same for one that ended before it began."""
     retries: tuple[str, ...] = ()
     """Why it was asked for again, each time that it was: the engine died, hung, or took too long."""
 

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from megatron_vespo.rollout.reference.precision import Fp8, round_inputs, round_key_values, round_weights
+from megatron_vespo.rollout.reference.routing import Routers
 
 PREFILL_TOKENS = 8192
 """Padded tokens in one prefill or scoring forward; bounds its memory."""
@@ -154,6 +155,7 @@ class ReferenceModel:
                 f"checkpoint {folder} lacks or mis-shapes {len(wrong)} tensors, the first: {wrong[0]}; export it again"
             )
         self.module = model.eval().requires_grad_(False)
+        self.routers = Routers(model)
         if self.fp8.weights:
             round_weights(self.module)
         if self.fp8.activations:

@@ -22,6 +22,8 @@ from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
 from megatron_vespo.rollout.reference.weights import WeightUpdates, weight_routes
+from megatron_vespo.rollout.routing import encode_routing
+from megatron_vespo.samples.records import RoutingShape
 
 
 class SamplingBody(Body):
@@ -40,6 +42,7 @@ class GenerateBody(Body):
     rid: list[str]
     return_logprob: bool = False
     logprob_start_len: int = -1
+    return_routed_experts: bool = False
 
 
 class UpdateBody(Body):
@@ -83,7 +86,8 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: s
 
     @app.get("/server_info")
     async def server_info() -> JSONResponse:
-        return JSONResponse(await asyncio.wrap_future(generator.describe()))
+        said = await asyncio.wrap_future(generator.describe())
+        return JSONResponse(said | {"enable_return_routed_experts": generator.model.routers.shape is not None})
 
     @app.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> JSONResponse:
@@ -95,7 +99,8 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: s
             if pending and await request.is_disconnected():
                 for sequence in sequences:
                     generator.abort(sequence.rid)
-        return JSONResponse([_answer(sequence, sequence.done.result()) for sequence in sequences])
+        shape = generator.model.routers.shape
+        return JSONResponse([_answer(sequence, sequence.done.result(), shape) for sequence in sequences])
 
     @app.post("/update_weights_from_disk")
     async def update_weights_from_disk(body: UpdateBody) -> JSONResponse:
@@ -151,10 +156,14 @@ class KeyCheck:
 def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.count) -> list[Sequence]:
     if not len(body.input_ids) == len(body.sampling_params) == len(body.rid):
         raise HTTPException(400, "input_ids, sampling_params and rid differ in length")
+    if body.return_routed_experts and model.routers.shape is None:
+        raise HTTPException(400, "return_routed_experts: the model has no routers that this engine knows")
     sequences = []
     for rid, prompt, sampling in zip(body.rid, body.input_ids, body.sampling_params, strict=True):
         if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
             raise HTTPException(400, f"{rid}: input_ids are empty or outside the vocabulary of {model.vocab_size}")
+        if body.return_routed_experts and not sampling.max_new_tokens:
+            raise HTTPException(400, f"{rid}: return_routed_experts with max_new_tokens 0; this engine scores without")
         if len(prompt) + sampling.max_new_tokens > model.context_length:
             raise HTTPException(
                 400,
@@ -171,12 +180,13 @@ def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.co
                 top_k=sampling.top_k,
                 stop_token_ids=() if sampling.ignore_eos else (*sampling.stop_token_ids, *model.eos_token_ids),
                 seed=next(unseeded) if sampling.sampling_seed is None else sampling.sampling_seed,
+                routing=body.return_routed_experts,
             )
         )
     return sequences
 
 
-def _answer(sequence: Sequence, result: Result) -> dict[str, Any]:
+def _answer(sequence: Sequence, result: Result, shape: RoutingShape | None) -> dict[str, Any]:
     """SGLang's shape: log-probs as [logprob, token, text], version spans over the response."""
     finish: dict[str, Any] = {"type": result.finish_reason}
     if result.finish_reason == "stop":
@@ -194,6 +204,8 @@ def _answer(sequence: Sequence, result: Result) -> dict[str, Any]:
     if result.prompt_logprobs is not None:
         scored = zip([None, *result.prompt_logprobs.tolist()], sequence.prompt.tolist(), strict=True)
         meta["input_token_logprobs"] = [[logprob, token, None] for logprob, token in scored]
+    if result.routed_experts is not None and shape is not None:
+        meta["routed_experts"] = encode_routing(result.routed_experts, shape)
     return {"output_ids": tokens, "meta_info": meta}
 
 
