@@ -46,7 +46,11 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"cluster.address = {address!r}: Ray cannot be reached ({error})") from None
+        mend = ""
+        if "InvalidAuthToken" in str(error.__cause__):
+            # Ray itself finds the token only for the address "auto".
+            mend = "; it wants a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        raise ClusterError(f"cluster.address = {address!r}: Ray cannot be reached ({error}{mend})") from None
     # Ray puts a handler of its own there, which aborts the process before it can end its children.
     signal.signal(signal.SIGTERM, on_terminate)
     try:
