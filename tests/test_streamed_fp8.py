@@ -27,7 +27,7 @@ def updates(tmp_path: Path) -> WeightUpdates:
     folder = save_checkpoint(tmp_path / "first", seed=1, moe_intermediate_size=96)
     generator = Generator(ReferenceModel(folder, torch.float32, fp8=FP8), version=0, max_running=8)
     generator.start()
-    generator.pause().result()
+    generator.pause("retract").result()
     return WeightUpdates(generator)
 
 
