@@ -121,7 +121,7 @@ def test_an_idle_engine_that_died_is_found_out_by_the_next_call(pools: list[Engi
 
 def test_weights_that_come_during_a_restart_are_loaded_before_the_first_request(pools: list[EnginePool]) -> None:
     engines, launcher = two(), FakeLauncher()
-    launcher.seconds = 0.3
+    launcher.seconds = 1.5
     pool = make(pools, engines, launcher)
     engines[0].die()
     pool.generate([request("a")])

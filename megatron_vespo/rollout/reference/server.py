@@ -87,7 +87,8 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: s
     @app.get("/server_info")
     async def server_info() -> JSONResponse:
         said = await asyncio.wrap_future(generator.describe())
-        return JSONResponse(said | {"enable_return_routed_experts": generator.model.routers.shape is not None})
+        routes = generator.model.routers.shape is not None
+        return JSONResponse(said | {"tp_size": 1, "enable_return_routed_experts": routes})
 
     @app.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> JSONResponse:

@@ -156,10 +156,6 @@ class VersionBody(Body):
 def weight_routes(updates: WeightUpdates) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/server_info")
-    def server_info() -> JSONResponse:
-        return JSONResponse({"tp_size": 1})
-
     @router.post("/begin_weight_update")
     async def begin_weight_update() -> JSONResponse:
         return await _answer(lambda: json.dumps({"kept": updates.begin()}))
