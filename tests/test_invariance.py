@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from invariance.cases import CORRECTION_CELLS, KINDS, OBJECTIVE_CELLS, SPLITS, Cell, Packing, fast_subset
 from invariance.data import Reference
 from invariance.matrix import measure
-from invariance.run import Findings, Policy
-from invariance.table import failures
+from invariance.run import Error, Findings, Policy
+from invariance.table import failures, page
 from objective_data import build_case, pack, ready
 from ranks import run_ranks
 
@@ -71,6 +72,17 @@ def test_no_token_of_the_mini_batch_is_within_rounding_of_a_clip_or_mask(kind: s
         low, here, high = (unsplit(kind, cell, shift)[1] for shift in (-1e-5, 0.0, 1e-5))
         for name in here.keys() & set(counts):
             assert low[name] == here[name] == high[name], (cell, name)
+
+
+def test_the_page_names_a_cell_that_is_not_below_the_tolerance() -> None:
+    good, bad = Error(9.9e-6), Error(1.1e-5, "router.weight")
+    findings = Findings({"vespo": good, "grpo": bad}, dict.fromkeys(("vespo", "grpo"), good), norm=Error(math.nan))
+    findings.add(Findings({"grpo": good}, {"grpo": good}, {"grpo": good}, norm=good))
+    found = {("dense", "DP2"): findings}
+    assert failures(found) == ["Dense, DP2, grpo: 1.1e-05 (router.weight)", "Dense, DP2, gradient norm: nan ()"]
+    text = page(found, seconds=1.0)
+    assert "2 are not below 1e-5" in text and "- Dense, DP2, grpo: 1.1e-05" in text
+    assert "| vespo | 9.9e-6 |\n| grpo | **1.1e-5** |\n| all metrics | 9.9e-6 |\n| gradient norm | **nan** |" in text
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import os
 from collections.abc import Iterable
 from functools import reduce
@@ -67,7 +68,7 @@ its gradient norm.
 def page(found: dict[tuple[str, str], Findings], seconds: float) -> str:
     cells, failing = all_cells(found), failures(found)
     limit = f"{TOLERANCE:g}".replace("e-0", "e-")
-    worst = max(cells, key=lambda name: cells[name].relative)
+    worst = max(cells, key=lambda name: math.inf if math.isnan(cells[name].relative) else cells[name].relative)
     text = TEXT.format(
         objectives=len(OBJECTIVE_CASES),
         aggregations=len(AGGREGATIONS),
