@@ -184,8 +184,9 @@ class Run:
             except EngineError:
                 if config.sync.transport != "disk":
                     raise  # the ranks stand in the middle of a collective: nothing to go on from
-                if len(pool.each(lambda engine: engine.weight_version())) == len(urls):
-                    raise  # none has died
+                pool.each(lambda engine: engine.weight_version())  # finds the dead, and waits where none is left
+                if urls == [engine.url for engine in pool.engines]:
+                    raise
         if config.sync.transport == "disk":
             folder = version_folder(sync_folder(config), self.version)
             pool.catch_up(ServedWeights(folder, self.version))
