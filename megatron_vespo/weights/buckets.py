@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Named = tuple[str, torch.Tensor]
 
 
@@ -30,7 +32,7 @@ class TensorSpec:
 @dataclass(frozen=True, slots=True)
 class Bucket:
     flat: torch.Tensor
-    """uint8 [bytes], written over when the next bucket is asked for."""
+    """uint8 [bytes]"""
     specs: list[TensorSpec]
 
 
@@ -39,25 +41,42 @@ def fill_buckets(
 ) -> Iterator[Bucket]:
     """Each tensor is copied as it comes, so that beside the buffer no more than one is held.
 
-    ``buffer(n)``: memory for n bytes, uint8 [at least n]. It is asked for ``bucket_bytes``, and for more where a single
-    tensor is larger, which then is a bucket of its own.
+    ``buffer(n)`` gives the memory of the next bucket, uint8 [n]: ``bucket_bytes``, or more for a single tensor that is
+    larger, which then is a bucket of its own.
     """
-    memory = buffer(bucket_bytes)
-    used, specs = 0, list[TensorSpec]()
+    memory, used, specs = torch.empty(0, dtype=torch.uint8), 0, list[TensorSpec]()
     for name, tensor in tensors:
         spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         # A receiver views its bytes where they lie, which must be a multiple of the element size.
         if specs and (used + spec.nbytes > bucket_bytes or used % tensor.element_size()):
             yield Bucket(memory[:used], specs)
             used, specs = 0, []
-        if spec.nbytes > len(memory):
-            memory = buffer(spec.nbytes)
+        if not specs:
+            memory = buffer(max(spec.nbytes, bucket_bytes))
         _view(memory[used : used + spec.nbytes], spec).copy_(tensor)
         used += spec.nbytes
         specs.append(spec)
         del tensor  # before the next is made
     if specs:
         yield Bucket(memory[:used], specs)
+
+
+class ByTurns(Generic[T]):
+    """Two of what ``make(size)`` makes, handed out by turns; one of another size is let go and made anew."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self.made: list[tuple[int, T]] = []
+
+    def next(self, size: int) -> T:
+        if len(self.made) == 2:
+            oldest = self.made.pop(0)
+            if oldest[0] == size:
+                self.made.append(oldest)
+                return oldest[1]
+            del oldest  # before there is a third
+        self.made.append((size, self._make(size)))
+        return self.made[-1][1]
 
 
 def unpack(flat: torch.Tensor, specs: Iterable[TensorSpec]) -> Iterator[Named]:

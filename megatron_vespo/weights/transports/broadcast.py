@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch.distributed import DistStoreError, TCPStore
 
-from megatron_vespo.weights.buckets import Bucket
+from megatron_vespo.weights.buckets import Bucket, ByTurns
 from megatron_vespo.weights.groups import BroadcastGroup, has_joined, open_store
 from megatron_vespo.weights.sync import EngineWeights, SyncError, at_once, on_each
 
@@ -33,7 +33,7 @@ class Broadcast:
         self.group = ""
         self._store: TCPStore
         self._members: BroadcastGroup | None = None
-        self._buffer: torch.Tensor | None = None
+        self._buffers = ByTurns(lambda size: torch.empty(size, dtype=torch.uint8, device=device))
 
     def open(self) -> None:
         """Raises SyncError naming the engines that did not come in time."""
@@ -67,9 +67,7 @@ class Broadcast:
             ) from error.with_traceback(None)  # whose frames hold the store
 
     def buffer(self, size: int) -> torch.Tensor:
-        if self._buffer is None or len(self._buffer) < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return self._buffer
+        return self._buffers.next(size)
 
     def send(self, bucket: Bucket) -> None:
         members = self._members
@@ -84,4 +82,5 @@ class Broadcast:
         if self._members is not None:
             on_each(self.engines, lambda engine: engine.leave_broadcast(self.group))
             del self._store
-        self._members = self._buffer = None
+        self._members = None
+        self._buffers.made.clear()

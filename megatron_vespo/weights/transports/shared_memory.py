@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vespo.weights.buckets import Bucket
+from megatron_vespo.weights.buckets import Bucket, ByTurns
 from megatron_vespo.weights.sync import EngineWeights, on_each
 
 
@@ -21,26 +21,21 @@ class SharedMemory:
 
     def __init__(self, engines: Sequence[EngineWeights]) -> None:
         self.engines = engines
-        self._file: MemoryFile | None = None
+        self._files = ByTurns(MemoryFile)
 
     def open(self) -> None:
         pass
 
     def buffer(self, size: int) -> torch.Tensor:
-        if self._file is None or len(self._file.flat) < size:
-            self.close()
-            self._file = MemoryFile(size)
-        return self._file.flat
+        return self._files.next(size).flat
 
     def send(self, bucket: Bucket) -> None:
-        assert self._file is not None, "the bucket lies in it"
-        path = self._file.path
+        where = bucket.flat.data_ptr()
+        (path,) = (file.path for _, file in self._files.made if file.flat.data_ptr() == where)
         on_each(self.engines, lambda engine: engine.receive_shared(path, bucket.specs))
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._files.made.clear()
 
 
 class MemoryFile:
@@ -50,15 +45,12 @@ class MemoryFile:
     """
 
     def __init__(self, size: int) -> None:
-        self._descriptor = os.memfd_create("megatron_vespo-weights")
-        os.ftruncate(self._descriptor, size)
-        self.flat = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
+        self._file = os.fdopen(os.memfd_create("megatron_vespo-weights"), "r+b")
+        self._file.truncate(size)
+        self.flat = torch.frombuffer(mmap.mmap(self._file.fileno(), size), dtype=torch.uint8)
         """uint8 [size]"""
-        self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
-        """Under which other processes of this machine and user open it."""
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
+        """Under which other processes of this machine and user open it, as long as this object lives."""
 
 
 def map_file(path: Path, size: int) -> torch.Tensor:

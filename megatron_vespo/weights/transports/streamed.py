@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -24,16 +25,19 @@ class Channel(Protocol):
         """Called before each sync; connects where that has not been done."""
 
     def buffer(self, size: int) -> torch.Tensor:
-        """uint8 [size] to fill the next buckets in."""
+        """uint8 [size] to fill the next bucket in; there are two, by turns."""
 
     def send(self, bucket: Bucket) -> None:
-        """Returns when every engine has loaded it, and the buffer may be written again."""
+        """Returns when every engine has loaded it, and its buffer may be written again."""
 
     def close(self) -> None: ...
 
 
 class StreamedTransport:
-    """The sender holds a bucket, one whole tensor and, for deltas, the last version in host memory."""
+    """The sender holds ``bucket_bytes``, one whole tensor and, for deltas, the last version in host memory.
+
+    (Where a tensor is larger than half a bucket, its own buffer is as large as it is, while it is on its way.)
+    """
 
     def __init__(
         self,
@@ -53,11 +57,8 @@ class StreamedTransport:
         self.channel.open()
         on_each(self.engines, lambda engine: engine.pause())
         full = self._must_send_all(on_each(self.engines, lambda engine: engine.begin_update()))
-        size = 0
         stream = self.outgoing.encode(quantise_stream(tensors) if self.fp8 else tensors, full=full)
-        for bucket in fill_buckets(stream, self.channel.buffer, self.bucket_bytes):
-            self.channel.send(bucket)
-            size += len(bucket.flat)
+        size = self._send(fill_buckets(stream, self.channel.buffer, self.bucket_bytes // 2))
         arrived = on_each(self.engines, lambda engine: engine.end_update())
         sent = self.outgoing.checksums
         checked = prove(self.engines, sent, arrived)
@@ -67,6 +68,20 @@ class StreamedTransport:
 
     def close(self) -> None:
         self.channel.close()
+
+    def _send(self, buckets: Iterable[Bucket]) -> int:
+        """Bytes sent. While the engines load one half of a bucket, the other is filled."""
+        size = 0
+        with ThreadPoolExecutor(1) as thread:
+            sending: Future[None] | None = None
+            for bucket in buckets:
+                if sending is not None:
+                    sending.result()
+                sending = thread.submit(self.channel.send, bucket)
+                size += len(bucket.flat)
+            if sending is not None:
+                sending.result()
+        return size
 
     def _must_send_all(self, kept: Sequence[str | None]) -> bool:
         """Whether an engine keeps another version than the one a delta would be made against, or none."""
