@@ -27,7 +27,6 @@ class FakeEngine:
         self.paused: PauseMode | None = None
         self.aborted: set[str] = set()
         self.shut_down = 0
-        self._running: dict[str, float] = {}
 
     async def answer(self, requests: list[GenerateRequest]) -> list[list[Generation]]:
         self._check()
@@ -39,8 +38,11 @@ class FakeEngine:
         length, started = request.sampling.max_tokens, time.monotonic()
         reason = "length"
         while self.hangs or (self.tokens_per_s and time.monotonic() - started < length / self.tokens_per_s):
+            before = time.monotonic()
             await asyncio.sleep(0.005)
             self._check()
+            if self.paused:
+                started += time.monotonic() - before
             if request.id in self.aborted and not self.deaf and not self.hangs:
                 length = min(length, int((time.monotonic() - started) * (self.tokens_per_s or 1e9)))
                 reason = "abort"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -78,7 +79,8 @@ def test_a_run_on_engines_that_someone_else_started_survives_the_loss_of_one(
     config = make_run(tmp_path, rollout={"urls_key_env": "THEIR_KEY"})
     launchers = [LocalLauncher("reference", tmp_path / f"theirs-{i}.log") for i in range(2)]
     # They serve something else under another version: the run gives them its own weights before it asks for anything.
-    engines = [launcher.launch(tmp_path / "model", 41) for launcher in launchers]
+    with ThreadPoolExecutor(2) as threads:
+        engines = list(threads.map(lambda launcher: launcher.launch(tmp_path / "model", 41), launchers))
     override = f"rollout.urls=[{engines[0].url}, {engines[1].url}]"
     try:
         monkeypatch.delenv("THEIR_KEY", raising=False)

@@ -177,6 +177,18 @@ def test_a_request_that_always_takes_too_long_ends_with_every_reason(pools: list
         pool.generate([request("long", 100)])
 
 
+def test_what_is_aborted_while_it_is_being_cut_is_not_continued(pools: list[EnginePool]) -> None:
+    engine = FakeEngine("http://slow", tokens_per_s=50)
+    pool = make(pools, engine, request_timeout_s=0.1)
+    engine.deaf = True
+    (future,) = pool.submit([request("a", 1000)])
+    while "a" not in engine.aborted:
+        time.sleep(0.01)
+    pool.abort("a")
+    engine.deaf = False
+    assert future.result(timeout=2)[0].finish_reason == "abort" and len(engine.asked) == 1
+
+
 def test_many_threads_may_ask_at_once(pools: list[EnginePool]) -> None:
     pool = make(pools, *three(tokens_per_s=2000), in_flight=4)
     lengths: list[int] = []

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import SGLANG_MISSING
 from local_launcher import KEY, LocalLauncher
-from served_engines import ask
+from rollout_checkpoints import load_plain
+from served_engines import PROMPT, ask, assert_span
 
 from megatron_vespo.rollout import EngineError, HttpEngine, dispatch, health, launch_engine
 from megatron_vespo.rollout.process import free_port
@@ -151,6 +153,40 @@ def test_an_engine_that_is_killed_or_stopped_comes_back_with_the_newest_weights(
                     assert got.tokens.tolist() == want.tokens.tolist()
                     assert (got.weight_versions == 1).all() and len(got.retries) == 1
         assert pool.weight_version() == 1 and pool.take_counts()["engine_restarts"] == 2
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(SGLANG_MISSING, reason="SGLang is missing: `make sglang`")
+def test_sglang_comes_back_with_the_newest_weights_its_key_and_nothing_left_of_the_old(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # A nested flag, a list and a switch, as a config would pass them through.
+    nested = {"json-model-override-args": {"attention_dropout": 0.0}}
+    flags = {**nested, "cuda-graph-bs-decode": [1, 2], "log-requests": True}
+    launcher = LocalLauncher("sglang", tmp_path / "log", engine_args=flags)
+    model = load_plain(folders[1])
+    with launcher.pool(folders[0]) as pool:
+        (engine,) = pool.engines
+        process = engine._process  # type: ignore[attr-defined]
+        old = process.pids()
+        words = [word for pid in old for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+        assert '{"attention_dropout": 0.0}' in words and "--log-requests" in words
+        assert words[words.index("--cuda-graph-bs-decode") + 1 :][:2] == ["1", "2"]
+        assert httpx.get(f"{engine.url}/health").status_code == 200
+        assert httpx.get(f"{engine.url}/model_info").status_code == 401
+        pool.update_weights_from_disk(folders[1], 1)
+        futures = pool.submit([ask("a", 400, n=2), ask("b", 400)])
+        time.sleep(0.5)
+        (scheduler,) = (pid for pid in old if "scheduler" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(scheduler, signal.SIGKILL)
+        answers = [future.result(timeout=500) for future in futures]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in old)
+        assert pool.take_counts()["engine_restarts"] == 1 and pool.weight_version() == 1
+        for got in (got for group in answers for got in group):
+            assert len(got.tokens) == 400 and len(got.retries) == 1
+            assert_span(model, PROMPT, got, 1)
+        commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pool.engines[0]._process.pids()]  # type: ignore[attr-defined]
+        assert not any(KEY in text for text in [*commands, launcher.log_file.read_text()])
 
 
 def test_the_engine_does_not_outlive_its_parent(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience
 from megatron_vespo.rollout.health import wait_until_ready
 from megatron_vespo.rollout.launch import LOOPBACK
 
+LOGGER = "megatron_vespo.rollout"
 SAY_EVERY_S = 15.0
 PLACEMENT_TIMEOUT_S = 120.0
 
@@ -92,7 +93,7 @@ class EngineGroup:
             _end(host)
         self._hosts = []
         for handler in self._log:
-            logging.getLogger("megatron_vespo.rollout").removeHandler(handler)
+            logging.getLogger(LOGGER).removeHandler(handler)
 
     # --- rollout.restart's Launcher --------------------------------------------------------------------------------
 
@@ -123,12 +124,14 @@ class EngineGroup:
     def _attached(self) -> EnginePool:
         rollout = self.config.rollout
         self.key = os.environ[rollout.urls_key_env] if rollout.urls_key_env else None
-        for url in rollout.urls:
+        engines = [self._engine(url) for url in rollout.urls]
+        for engine in engines:
             try:
-                wait_until_ready(url.rstrip("/"), rollout.launch_timeout_s, say=logging.getLogger(__name__).warning)
+                wait_until_ready(engine.url, rollout.launch_timeout_s, say=logging.getLogger(LOGGER).info)
+                engine.weight_version()  # it takes our key, and its versions are counts
             except EngineError as error:
                 raise ClusterError(f"rollout.urls: {error}") from None
-        return EnginePool([self._engine(url) for url in rollout.urls], patience=_patience(self.config))
+        return EnginePool(engines, patience=_patience(self.config))
 
     def _engine(self, url: str) -> HttpEngine:
         return HttpEngine(url, key=self.key, request_timeout_s=self.config.rollout.request_timeout_s)
@@ -142,7 +145,7 @@ class EngineGroup:
 
     def _wait(self, launches: list[Any]) -> list[str]:
         """The addresses; says now and then what is waited for. Raises ClusterError."""
-        logger = logging.getLogger("megatron_vespo.rollout.launch")
+        logger = logging.getLogger(LOGGER)
         started = time.monotonic()
         deadline = started + self.config.rollout.launch_timeout_s + PLACEMENT_TIMEOUT_S
         waiting = launches
@@ -182,7 +185,7 @@ def _end(host: Any) -> None:
 def _log_to(file: Path) -> list[logging.Handler]:
     """What happens to engines is told on the screen and kept in a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.getLogger("megatron_vespo.rollout")
+    logger = logging.getLogger(LOGGER)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     handlers: list[logging.Handler] = [logging.FileHandler(file), logging.StreamHandler(sys.stderr)]
