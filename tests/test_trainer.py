@@ -91,7 +91,7 @@ def change_of_an_update(config_file: Path, overrides: list[str]) -> tuple[list[n
         samples[position].rollout_logprobs = samples[position].old_logprobs = now - LOG_W[position] / len(now)
     parameters = [parameter for model in trainer.models for parameter in model.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
-    metrics = trainer.train_mini_batch(samples)
+    metrics = trainer.train_mini_batch(samples).metrics
     change = [(after.detach() - old).numpy() for after, old in zip(parameters, before, strict=True)]
     return change, metrics["lr"][0] if metrics else None
 

@@ -1,4 +1,4 @@
-"""What the matrix varies: objectives, aggregations and corrections; splits of the model; packings of the mini-batch."""
+"""What the matrix varies: objectives, aggregations, corrections and router losses; splits of the model; packings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ class Cell:
     objective: str
     aggregation: str
     correction: str = "none"
+    router: str = "none"
+    """Of ROUTER_LOSSES: what is added to the objective's loss."""
 
     @property
     def row(self) -> str:
         """Its row of the table, which holds the worst over aggregations."""
-        return self.objective if self.correction == "none" else f"{self.objective} + {self.correction}"
+        return " + ".join([self.objective, *(part for part in (self.correction, self.router) if part != "none")])
 
+
+ROUTER_LOSSES: dict[str, dict[str, float]] = {
+    "none": {},
+    "router z-loss": dict(router_z_loss=0.3),
+    "router balance loss": dict(router_balance_loss=2.0),
+}
+"""Fields of ModelConfig; so large that they are most of a router's gradient."""
 
 AGGREGATIONS = list(AGGREGATION_PARAMS)
 OBJECTIVE_CELLS = [Cell(*pair) for pair in product(OBJECTIVE_CASES, AGGREGATIONS)]
@@ -33,9 +42,11 @@ CORRECTION_CELLS = [
     Cell("vespo", AGGREGATIONS[i % len(AGGREGATIONS)], correction)
     for i, correction in enumerate(name for name in CORRECTION_CASES if name != "none")
 ]
-CELLS = OBJECTIVE_CELLS + CORRECTION_CELLS
-# Losses of the MoE router belong here too, as cells for the moe alone: they are not part of ObjectiveOutput, so that a
-# cell of theirs also says what run.py builds the model with and what data.py adds to the reference.
+ROUTER_CELLS = [Cell("vespo", "token-mean", router=name) for name in ROUTER_LOSSES if name != "none"]
+CELLS: dict[str, list[Cell]] = {
+    "dense": OBJECTIVE_CELLS + CORRECTION_CELLS,
+    "moe": OBJECTIVE_CELLS + CORRECTION_CELLS + ROUTER_CELLS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +117,24 @@ Work = dict[tuple[str, str], list[tuple[Cell, Packing]]]
 def whole_matrix() -> Work:
     """Every cell in every packing under every split of one or two ranks; under one of four, which combines those, every
     cell once, and packings take turns."""
-    turns = [(cell, PACKINGS[(i + i // len(AGGREGATIONS)) % len(PACKINGS)]) for i, cell in enumerate(CELLS)]
-    return {
-        (kind, name): list(product(CELLS, PACKINGS)) if split.ranks <= 2 else turns
-        for kind in KINDS
-        for name, split in SPLITS[kind].items()
-    }
+    work: Work = {}
+    for kind, cells in CELLS.items():
+        turns = [(cell, PACKINGS[(i + i // len(AGGREGATIONS)) % len(PACKINGS)]) for i, cell in enumerate(cells)]
+        for name, split in SPLITS[kind].items():
+            work[kind, name] = list(product(cells, PACKINGS)) if split.ranks <= 2 else turns
+    return work
 
 
 def fast_subset() -> Work:
-    """Every objective once under every split of two ranks, and one correction; aggregations and packings take turns."""
+    """Every objective once under every split of one or two ranks, one correction, and for the moe one router loss;
+    aggregations and packings take turns."""
     turns = list(product(PACKINGS, AGGREGATIONS))
     work: Work = {}
     keys = [(kind, name) for kind, splits in SPLITS.items() for name, split in splits.items() if split.ranks <= 2]
     for number, key in enumerate(keys):
         passes = [(CORRECTION_CELLS[number % len(CORRECTION_CELLS)], PACKINGS[number % len(PACKINGS)])]
+        if key[0] == "moe":
+            passes.append((ROUTER_CELLS[number % len(ROUTER_CELLS)], PACKINGS[number % len(PACKINGS)]))
         for i, objective in enumerate(OBJECTIVE_CASES):
             packing, aggregation = turns[(7 * number + i) % len(turns)]  # 7: no objective meets the same pair always
             passes.append((Cell(objective, aggregation), packing))

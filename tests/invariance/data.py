@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 from objective_data import Response, build_case, merged_sums, pack, ready
 from objective_formulas import reference_scale, reference_sums
+from router_reference import router_reference
 from tiny_models import megatron_tensors, tiny_config, tiny_hf_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from invariance.cases import TEMPERATURE, Cell
+from invariance.cases import ROUTER_LOSSES, TEMPERATURE, Cell
 from megatron_vespo.samples.records import Prompt, Sample
 
 
@@ -55,11 +55,6 @@ def model_config(kind: str) -> PreTrainedConfig:
     return tiny_config(kind, vocab_size=37, **experts)
 
 
-def logprob_table(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
-    """[len(tokens), vocabulary]: row t predicts token t + 1."""
-    return (model(torch.tensor([tokens])).logits[0] / TEMPERATURE).log_softmax(-1)
-
-
 @torch.no_grad()
 def make_samples(kind: str) -> list[Sample]:
     """Responses that the model itself sampled, so that some of their tokens are probable, and then moved off-policy."""
@@ -72,7 +67,7 @@ def make_sample(i: int, shape: Shape, model: PreTrainedModel, rng: np.random.Gen
     prompt = rng.integers(1, model.config.vocab_size, 3 + i % 3).tolist()
     tokens, now = list(prompt), []
     for _ in range(shape.tokens):
-        last = logprob_table(model, tokens)[-1].numpy()
+        last = (model(torch.tensor([tokens])).logits[0, -1] / TEMPERATURE).log_softmax(-1).numpy()
         tokens.append(int(rng.choice(len(last), p=np.exp(last) / np.exp(last).sum())))
         now.append(last[tokens[-1]])
     mask = rng.random(shape.tokens) < shape.counted
@@ -125,12 +120,19 @@ class Reference:
         self.responses: list[Response] = []
         self.logprobs: list[torch.Tensor] = []
         """[response] float64 each, with grad: the graph of the model's forward pass is kept for all cells."""
+        self.router_logits: list[tuple[torch.Tensor, ...]] = []
+        """Of each sequence, for each MoE layer, [tokens, experts]; empty for a dense model."""
         self.entropy = 0.0
         start = 0
         for sample in self.samples:
             first, length = len(sample.prompt.tokens), len(sample.response_tokens)
-            table = logprob_table(self.model, [*sample.prompt.tokens.tolist(), *sample.response_tokens.tolist()])
-            table = table[first - 1 : -1]
+            tokens = torch.tensor([[*sample.prompt.tokens.tolist(), *sample.response_tokens.tolist()]])
+            if kind == "moe":
+                output = self.model(tokens, output_router_logits=True)
+                self.router_logits.append(output.router_logits)
+            else:
+                output = self.model(tokens)
+            table = (output.logits[0, first - 1 : -1] / TEMPERATURE).log_softmax(-1)
             mask = torch.from_numpy(sample.loss_mask)
             self.logprobs.append(table.gather(1, torch.from_numpy(sample.response_tokens).long()[:, None])[:, 0])
             self.entropy -= (table.exp() * table).sum(-1)[mask].sum().item()
@@ -151,18 +153,30 @@ class Reference:
         shares = self.shares(cell, leaf)
         loss = torch.stack(shares).sum()
         names, parameters = zip(*self.model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        router_loss, router_metrics = self.router(cell)
+        gradients = torch.autograd.grad(loss + router_loss, parameters, retain_graph=True)
         return Expected(
             loss=loss.item(),
             loss_scale=sum(abs(share.item()) for share in shares),
             gradients=megatron_tensors(self.config, dict(zip(names, gradients, strict=True))),
-            metrics=self.metrics(cell, leaf.detach()),
+            metrics=self.metrics(cell, leaf.detach()) | router_metrics,
         )
 
     def shares(self, cell: Cell, logprobs: torch.Tensor) -> list[torch.Tensor]:
         """What each response with a counted token adds to the loss. logprobs: of all responses, end to end."""
         sums = reference_sums(cell.objective, cell.correction, self.responses, logprobs)
         return [reference_scale(cell.aggregation, self.responses[i], self.responses) * x for i, x in sums.items()]
+
+    def router(self, cell: Cell) -> tuple[torch.Tensor | float, dict[str, tuple[float, float]]]:
+        """The weighted loss of the routers, and its metric: unweighted, added over the layers."""
+        loss: torch.Tensor | float = 0.0
+        metrics = {}
+        for field, weight in ROUTER_LOSSES[cell.router].items():
+            z, balance = router_reference(self.router_logits, self.config.num_experts_per_tok)
+            value = {"router_z_loss": z, "router_balance_loss": balance}[field]
+            loss = loss + weight * value
+            metrics[field] = (value.item(), float(self.config.num_hidden_layers))
+        return loss, metrics
 
     def metrics(self, cell: Cell, logprobs: torch.Tensor) -> dict[str, tuple[float, float]]:
         inputs = pack(self.responses, self.responses, logprobs)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from objective_data import build_case
 
-from invariance.cases import SPLITS, TEMPERATURE, Cell, Packing, Split, Work
+from invariance.cases import ROUTER_LOSSES, SPLITS, TEMPERATURE, Cell, Packing, Split, Work
 from invariance.data import Expected, model_config
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig, OptimizerConfig
@@ -85,12 +85,16 @@ def run_split(
 
     layout = ParallelLayout(world_size=dist.get_world_size(), **split.layout)
     ranks.initialize(layout, seed=1)
-    policy = Policy(kind, layout, split.distributed_optimizer, samples)
+    policies: dict[str, Policy] = {}
     findings = Findings(passes=len(passes))
     for cell, packing in passes:
+        if cell.router not in policies:
+            policies[cell.router] = Policy(kind, layout, split.distributed_optimizer, samples, cell.router)
+        policy = policies[cell.router]
         metrics = policy.gradient_pass(cell, packing)
         findings.add(policy.compare(cell, packing, metrics, expected[cell]))
-    findings.norm = policy.norm_error(*passes[0], expected[passes[0][0]])
+    cell, packing = passes[0]
+    findings.norm = policies[cell.router].norm_error(cell, packing, expected[cell])
     ranks.destroy()
     return findings
 
@@ -98,7 +102,14 @@ def run_split(
 class Policy:
     """This rank's part of the model, set up as PolicyTrainer does, with the weights of the reference."""
 
-    def __init__(self, kind: str, layout: ParallelLayout, distributed_optimizer: bool, samples: list[Sample]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        layout: ParallelLayout,
+        distributed_optimizer: bool,
+        samples: list[Sample],
+        router: str = "none",
+    ) -> None:
         from tiny_models import load, megatron_tensors, tiny_hf_model
 
         from megatron_vespo.policy.model import build_model
@@ -107,7 +118,8 @@ class Policy:
 
         self.layout, self.sharded, self.samples = layout, distributed_optimizer, samples
         config = model_config(kind)
-        self.models = build_model(config, MODEL, layout)
+        self.model_config = MODEL.model_copy(update=ROUTER_LOSSES[router])
+        self.models = build_model(config, self.model_config, layout)
         load(self.models, megatron_tensors(config, dict(tiny_hf_model(config, torch.float32).named_parameters())))
         self.chunks = wrap_for_training(self.models, distributed_optimizer=distributed_optimizer)
         self.head = LogprobHead(config.vocab_size, TEMPERATURE)
@@ -118,6 +130,7 @@ class Policy:
 
     def gradient_pass(self, cell: Cell, packing: Packing) -> dict[str, tuple[float, float]]:
         """Leaves the mini-batch's gradients in ``main_grad``; metrics on the last stage, else {}."""
+        from megatron_vespo.policy.router import RouterLosses
         from megatron_vespo.policy.step import objective_loss, run_micro_batches, search_bounds, sum_metrics
 
         objective = build_case(cell.objective, cell.aggregation, cell.correction)
@@ -127,7 +140,11 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         loss = objective_loss(objective, self.totals)
-        return sum_metrics(run_micro_batches(self.chunks, batches, self.head, loss, forward_only=False))
+        router = RouterLosses.of_mini_batch(self.model_config, [sample.length for sample in self.samples])
+        reports = run_micro_batches(self.chunks, batches, self.head, loss, forward_only=False, router_losses=router)
+        metrics = sum_metrics([report.metrics for report in reports])
+        router_metrics = router.metrics() if router is not None else {}
+        return metrics | router_metrics if metrics else {}
 
     def batches(self, packing: Packing) -> list[PackedBatch]:
         from megatron_vespo.policy import layout as ranks

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 
 from objective_data import OBJECTIVE_CASES
 
-from invariance.cases import AGGREGATIONS, CORRECTION_CELLS, KINDS, PACKINGS
+from invariance.cases import AGGREGATIONS, CORRECTION_CELLS, KINDS, PACKINGS, ROUTER_CELLS
 from invariance.run import Error, Findings, worse
 
 TOLERANCE = 1e-5
 NORM_ROW = "gradient norm"
+TITLES = {"dense": "Dense", "moe": "MoE"}
 
 TEXT = """\
 # The invariance matrix
@@ -24,12 +25,13 @@ page; a part of it is in `make test` (`tests/test_invariance.py`).
 **What is varied.** {objectives} objectives (each with its defaults, and the forms that its parameters switch
 between), each with {aggregations} aggregations ({names}), each in {packings} packings: one micro-batch a rank, or as
 many as a budget of {budget} tokens makes; in the trainer's own order (longest first), or dealt out at random, so that
-ranks and micro-batches differ in size and some are empty. {corrections} corrections of the engine mismatch, with
-VESPO and one aggregation each. All of it under every split of two ranks, and under those of four, which combine them,
-with packings taking turns. Everything for a dense model (Qwen3, tied embeddings) and an MoE (Qwen3-MoE, 4 experts,
-top 2) of 4 layers. DP, CP, TP, PP, EP: data, context, tensor, pipeline, expert parallel; SP: sequence parallelism;
-VPP: virtual pipeline stages (the interleaved schedule); ETP: tensor parallelism inside an expert; DO: the distributed
-optimizer, which leaves each rank a shard of the gradients.
+ranks and micro-batches differ in size and some are empty. {corrections} corrections of the engine mismatch, and for
+the MoE the {router} losses of its routers (docs/router_losses.md), with VESPO and one aggregation each. All of it
+under every split of two ranks, and under those of four, which combine them, with packings taking turns. Everything
+for a dense model (Qwen3, tied embeddings) and an MoE (Qwen3-MoE, 4 experts, top 2) of 4 layers. DP, CP, TP, PP, EP:
+data, context, tensor, pipeline, expert parallel; SP: sequence parallelism; VPP: virtual pipeline stages (the
+interleaved schedule); ETP: tensor parallelism inside an expert; DO: the distributed optimizer, which leaves each rank
+a shard of the gradients.
 
 **What runs.** Each of these is a forward and backward pass of its own: megatron-core's model, schedule and DDP, set
 up and driven as `PolicyTrainer` does (`run_micro_batches`, `objective_loss`, `sum_metrics`), float32, gloo.
@@ -56,14 +58,13 @@ its gradient norm.
 
 ## Result
 
-{cells} cells from {passes} passes; the worst is {worst}. **{verdict}**
+{cells} cells from {passes} passes; the worst is {worst:.1e} ({where}). **{verdict}**
 """
 
 
 def page(found: dict[tuple[str, str], Findings], seconds: float) -> str:
-    cells = [error for findings in found.values() for error in rows_of(findings).values()]
-    failing = failures(found)
-    verdict = f"{len(failing)} are not below {TOLERANCE:g}:" if failing else f"Every one is below {TOLERANCE:g}."
+    cells, failing = all_cells(found), failures(found)
+    worst = max(cells, key=lambda name: cells[name].relative)
     text = TEXT.format(
         objectives=len(OBJECTIVE_CASES),
         aggregations=len(AGGREGATIONS),
@@ -71,23 +72,20 @@ def page(found: dict[tuple[str, str], Findings], seconds: float) -> str:
         packings=len(PACKINGS),
         budget=min(packing.tokens for packing in PACKINGS),
         corrections=len(CORRECTION_CELLS),
+        router=len(ROUTER_CELLS),
         norm_row=NORM_ROW,
         cells=len(cells),
         passes=f"{sum(findings.passes for findings in found.values()):,}",
-        worst=f"{max(error.relative for error in cells):.1e}",
-        verdict=verdict,
+        worst=cells[worst].relative,
+        where=worst,
+        verdict=f"{len(failing)} are not below {TOLERANCE:g}:" if failing else f"Every one is below {TOLERANCE:g}.",
     )
     packages = ("megatron-core", "torch", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     today = datetime.datetime.now(datetime.UTC).date()
-    return "\n".join(
-        [
-            text,
-            *(["".join(f"- {line}\n" for line in failing)] if failing else []),
-            *(f"### {kind}\n\n{table(kind, found)}" for kind in KINDS),
-            f"`make invariance`, {today}: {seconds:.0f} s on {os.cpu_count()} cores; {versions}.\n",
-        ]
-    )
+    tables = [f"### {TITLES[kind]}\n\n{table(kind, found)}" for kind in KINDS]
+    made = f"`make invariance`, {today}: {seconds:.0f} s on {os.cpu_count()} cores; {versions}.\n"
+    return "\n".join([text, *(["".join(f"- {line}\n" for line in failing)] if failing else []), *tables, made])
 
 
 def table(kind: str, found: dict[tuple[str, str], Findings]) -> str:
@@ -104,7 +102,7 @@ def line(cells: Iterable[str]) -> str:
 
 
 def number(error: Error) -> str:
-    text = f"{error.relative:.0e}".replace("e-0", "e-")
+    text = f"{error.relative:.1e}".replace("e-0", "e-")
     return text if error.relative < TOLERANCE else f"**{text}**"
 
 
@@ -117,10 +115,18 @@ def rows_of(findings: Findings) -> dict[str, Error]:
     return cells | {NORM_ROW: findings.norm}
 
 
-def failures(found: dict[tuple[str, str], Findings]) -> list[str]:
-    return [
-        f"{kind}, {name}, {row}: {error.relative:.1e} ({error.where})"
+def all_cells(found: dict[tuple[str, str], Findings]) -> dict[str, Error]:
+    """By name."""
+    return {
+        f"{TITLES[kind]}, {name}, {row}": error
         for (kind, name), findings in found.items()
         for row, error in rows_of(findings).items()
+    }
+
+
+def failures(found: dict[tuple[str, str], Findings]) -> list[str]:
+    return [
+        f"{name}: {error.relative:.1e} ({error.where})"
+        for name, error in all_cells(found).items()
         if not error.relative < TOLERANCE
     ]
