@@ -230,6 +230,7 @@ def test_the_mismatch_is_counted_once_over_all_ranks(results: Any, references: A
         assert expected["r2"].elsewhere <= elsewhere <= expected["r2"].elsewhere + layers * len(LENGTHS)
 
 
+@pytest.mark.slow
 def test_the_reference_has_router_gradients_and_a_routing_that_moves(references: Any) -> None:
     for kind in ("moe", "mixed"):
         for mode in ("r3", "r2"):

@@ -96,8 +96,10 @@ class RoutingReplay:
     def __init__(
         self, mode: Literal["r2", "r3", "both"], chunks: Sequence[PolicyModel], hf_config: PreTrainedConfig
     ) -> None:
+        """Raises ValueError for a dense model."""
         shape = routing_shape(hf_config)
-        assert shape is not None
+        if shape is None:
+            raise ValueError(f"model.routing_replay = {mode}, but the model ({hf_config.model_type}) has no experts")
         self.mode = mode
         self.shape = shape
         self.columns: list[int] = []
@@ -143,7 +145,7 @@ class RoutingReplay:
         if recorded is None:
             raise ValueError(
                 f"model.routing_replay = {self.mode}: no routing was recorded for the micro-batch of sample "
-                f"{_names(samples)[:1]}; call compute_old_logprobs with the same mini-batch before each update"
+                f"{samples[0].id}; call compute_old_logprobs with the same mini-batch before each update"
             )
         real = torch.zeros(int(cu_seqlens[-1]), dtype=torch.bool)
         for sample, start in zip(samples, cu_seqlens.tolist(), strict=False):
