@@ -163,9 +163,12 @@ def kill_those(folder: Path, which: Callable[[int], bool]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["disk", "shared_memory"])
+def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
+    finished: Path, tmp_path: Path, transport: str
+) -> None:
     config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
-    process = start(config)
+    process = start(config, f"sync.transport={transport}")
     log = tmp_path / "run" / "logs" / "rollout.log"
     wait_until(lambda: len(records(tmp_path / "run")) > 0, 120, "first evaluation")
     kill_those(tmp_path, is_engine)
