@@ -155,7 +155,7 @@ def test_any_flag_of_an_engine_is_passed_through() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["host", "port", "model_path", "api-key", "--weight-version"])
+@pytest.mark.parametrize("name", ["host", "port", "api_key", "--weight-version"])
 def test_a_flag_that_the_run_sets_is_refused(name: str) -> None:
     with pytest.raises(EngineError, match=r"rollout.engine_args: .* = 'x' is set by the run itself"):
         flag_names({name: "x"})

@@ -174,7 +174,7 @@ def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
     kill_those(tmp_path, is_engine)
     wait_until(lambda: log.read_text().count("runs again") == 1, 120, "first restart")
     kill_those(tmp_path, is_engine_host)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     assert log.read_text().count("runs again") == 2 and "engine-0.log" in log.read_text()
     assert sum(record.get("engine_restarts", 0) for record in steps(tmp_path)) == 2
