@@ -94,7 +94,7 @@ def test_a_run_on_engines_that_someone_else_started_survives_the_loss_of_one(
         lost = engines[0]._process
         assert lost is not None
         os.kill(max(lost.pids()), signal.SIGKILL)
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
         assert [r["step"] for r in records(tmp_path / "run") if "eval" not in r] == [1, 2, 3, 4, 5, 6]
         assert "started by someone else" in (tmp_path / "run" / "logs" / "rollout.log").read_text()

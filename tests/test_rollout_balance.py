@@ -10,7 +10,9 @@ from megatron_vespo.rollout import EngineError, GenerateRequest, Generation, Sam
 from megatron_vespo.rollout.balance import BLOCK, Balance, Prefixes
 from megatron_vespo.rollout.continuation import continuation, joined
 from megatron_vespo.rollout.launch import command_line, flag_names
+from megatron_vespo.samples.records import RoutingShape
 
+ROUTING = RoutingShape(layers=2, moe_layers=(0, 1), topk=2, experts=8)
 rng = np.random.default_rng(0)
 SYSTEM = rng.integers(0, 1000, 10 * BLOCK).astype(np.int32)
 
@@ -109,10 +111,10 @@ def part(tokens: list[int], version: int, reason: str = "abort") -> Generation:
 
 def test_a_continuation_asks_for_what_is_left_with_the_same_seed() -> None:
     whole = GenerateRequest(
-        "g", np.array([5, 6], np.int32), SamplingParams(10, 0.7, 0.9, 4, (2,)), n=3, seed=40, return_routed_experts=True
+        "g", np.array([5, 6], np.int32), SamplingParams(10, 0.7, 0.9, 4, (2,)), n=3, seed=40, routing=ROUTING
     )
     got = continuation(whole, 2, part([7, 8, 9], 1), "g~2")
-    assert (got.id, got.n, got.seed, got.return_routed_experts) == ("g~2", 1, 42, True)
+    assert (got.id, got.n, got.seed, got.routing) == ("g~2", 1, 42, ROUTING)
     assert got.prompt_tokens.tolist() == [5, 6, 7, 8, 9] and got.prompt_tokens.dtype == np.int32
     assert got.sampling == SamplingParams(7, 0.7, 0.9, 4, (2,))
     assert whole.sampling.max_tokens == 10 and whole.prompt_tokens.tolist() == [5, 6]
@@ -153,7 +155,7 @@ def test_any_flag_of_an_engine_is_passed_through() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["host", "port", "model_path", "api-key", "--weight-version"])
+@pytest.mark.parametrize("name", ["host", "port", "api_key", "--weight-version"])
 def test_a_flag_that_the_run_sets_is_refused(name: str) -> None:
     with pytest.raises(EngineError, match=r"rollout.engine_args: .* = 'x' is set by the run itself"):
         flag_names({name: "x"})

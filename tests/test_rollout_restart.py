@@ -12,6 +12,7 @@ import pytest
 from fake_engines import FakeEngine, FakeLauncher, request
 
 from megatron_vespo.rollout import EngineDown, EngineError, EnginePool, Patience, ServedWeights, dispatch
+from megatron_vespo.rollout import pool as pool_module
 from megatron_vespo.rollout.health import sign_of_life
 
 WEIGHTS = ServedWeights(Path("/weights/7"), 7)
@@ -225,6 +226,49 @@ def test_of_engines_that_someone_else_started_the_others_do_the_work(pools: list
         engine.die()
     with pytest.raises(EngineError, match=r"(?s)none of the 2 engines is left, the last: .*started by someone else"):
         pool.generate([request("b")])
+
+
+def test_weights_that_lie_in_no_folder_are_streamed_to_a_restarted_engine_before_its_first_request(
+    pools: list[EnginePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LOOK_EVERY_S", 0.05)
+    for waits in ("generate", "score"):
+        engine, launcher = FakeEngine("http://engine", version=7), FakeLauncher()
+        pool = make(pools, [engine], launcher)
+        streamed: list[int] = []
+
+        def stream(pool: EnginePool = pool, streamed: list[int] = streamed) -> None:
+            pool.expect(None)
+            for engine in (*pool.engines, *pool.stale):
+                engine.version = 9  # type: ignore[attr-defined]
+                streamed.append(len(engine.asked))  # type: ignore[attr-defined]
+            pool.admit(9)
+
+        pool.refresh = stream
+        stream()
+        engine.die()
+        if waits == "generate":
+            ((got,),) = pool.generate([request("a")])
+            assert (got.weight_versions == 9).all() and len(got.retries) == 1
+        else:
+            assert pool.score([np.arange(3)])[0][0][0] == 9
+        ((_, weights, revived),) = launcher.launched
+        assert weights == WEIGHTS and streamed == [0, 0] and pool.engines == (revived,) and pool.stale == ()
+
+
+def test_a_stale_engine_that_was_not_given_the_newest_weights_stays_away(pools: list[EnginePool]) -> None:
+    engines, launcher = two(), FakeLauncher()
+    pool = make(pools, engines, launcher)
+    pool.expect(None)
+    engines[0].die()
+    pool.generate([request("a"), request("b")])
+    while not pool.stale:
+        time.sleep(0.01)
+    pool.admit(9)
+    pool.generate([request("c"), request("d")])
+    assert pool.engines == (engines[1],) and launcher.launched[0][2].asked == []
+    pool.admit(7)
+    assert len(pool.engines) == 2
 
 
 def test_a_sign_of_life_is_waited_for_so_long_and_no_longer() -> None:

@@ -163,15 +163,18 @@ def kill_those(folder: Path, which: Callable[[int], bool]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["disk", "shared_memory"])
+def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
+    finished: Path, tmp_path: Path, transport: str
+) -> None:
     config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
-    process = start(config)
+    process = start(config, f"sync.transport={transport}")
     log = tmp_path / "run" / "logs" / "rollout.log"
     wait_until(lambda: len(records(tmp_path / "run")) > 0, 120, "first evaluation")
     kill_those(tmp_path, is_engine)
     wait_until(lambda: log.read_text().count("runs again") == 1, 120, "first restart")
     kill_those(tmp_path, is_engine_host)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     assert log.read_text().count("runs again") == 2 and "engine-0.log" in log.read_text()
     assert sum(record.get("engine_restarts", 0) for record in steps(tmp_path)) == 2

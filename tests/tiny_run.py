@@ -101,7 +101,7 @@ def start(config: Path, *overrides: str, new_session: bool = False) -> subproces
     )
 
 
-def train(config: Path, *overrides: str, timeout_s: float = 180) -> tuple[int, str, str]:
+def train(config: Path, *overrides: str, timeout_s: float = 400) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a whole run."""
     process = start(config, *overrides)
     try:

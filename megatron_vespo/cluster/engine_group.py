@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from megatron_vespo.cluster.ray_cluster import ClusterError, spans_nodes
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
 from megatron_vespo.rollout.health import wait_until_ready
-from megatron_vespo.rollout.launch import LOOPBACK
+from megatron_vespo.rollout.launch import LOOPBACK, flag_names
 
 LOGGER = "megatron_vespo.rollout"
 SAY_EVERY_S = 15.0
@@ -39,6 +41,8 @@ class EngineHost:
     def launch(self, config: RunConfig, index: int, weights: ServedWeights, key: str | None) -> str:
         """Its address, once it is ready. With a ``key`` the engine listens on this node's address."""
         rollout = config.rollout
+        flags = flag_names(rollout.engine_args)
+        flags.pop("model-path", None)  # what it is launched from at first; a restart launches newer weights
         self.engine = launch_engine(
             rollout.engine,
             weights.folder,
@@ -47,7 +51,7 @@ class EngineHost:
             log_file=self.log_file,
             host=ray.util.get_node_ip_address() if key else LOOPBACK,
             key=key,
-            engine_args=rollout.engine_args,
+            engine_args=flags,
             routed_experts=config.model.replays_engine_routing,
             seed=config.seed + index,
             launch_timeout_s=rollout.launch_timeout_s,
@@ -116,7 +120,8 @@ class EngineGroup:
     def _launched(self) -> EnginePool:
         self.key = secrets.token_urlsafe(32) if spans_nodes(self.config) else None
         self._hosts = [self._host(index) for index in range(self.config.rollout.engines)]
-        weights = ServedWeights(self.config.model.path.resolve(), 0)
+        path = flag_names(self.config.rollout.engine_args).get("model-path", self.config.model.path)
+        weights = ServedWeights(Path(path).resolve(), 0)
         urls = self._wait([self._launch(index, weights) for index in range(len(self._hosts))])
         engines = [self._engine(url) for url in urls]
         return EnginePool(engines, launcher=self, weights=weights, patience=_patience(self.config))
@@ -137,7 +142,7 @@ class EngineGroup:
         return HttpEngine(url, key=self.key, request_timeout_s=self.config.rollout.request_timeout_s)
 
     def _host(self, index: int) -> Any:
-        gpus = float(self.config.rollout.engine_args.get("tp-size", 1)) * platform.current().accelerators_per_rank
+        gpus = float(_ranks(flag_names(self.config.rollout.engine_args)) * platform.current().accelerators_per_rank)
         return ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(EngineHost).remote(self.logs[index])
 
     def _launch(self, index: int, weights: ServedWeights) -> Any:
@@ -174,6 +179,14 @@ def _patience(config: RunConfig) -> Patience:
         hang_timeout_s=rollout.hang_timeout_s,
         max_restarts=rollout.max_restarts,
     )
+
+
+def _ranks(flags: Mapping[str, Any]) -> int:
+    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
+    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
+    if not flags.get("enable-dp-attention"):
+        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
+    return math.prod(int(size) for size in sizes)
 
 
 def _end(host: Any) -> None:

@@ -176,22 +176,25 @@ class Run:
     def publish_weights(self) -> SyncReport:
         """To every engine that serves. One that dies meanwhile is restarted, and brought to this version then."""
         pool, config = self.engines.pool, self.config
+        pool.find_dead()
         while True:
-            urls = [engine.url for engine in pool.engines]
+            urls = [engine.url for engine in (*pool.engines, *pool.stale)]
             try:
-                report = self.trainers.publish(self.version, urls, self.engines.key)
+                with pool.updating():
+                    report = self.trainers.publish(self.version, urls, self.engines.key)
                 break
             except EngineError:
                 if config.sync.transport != "disk":
                     raise  # the ranks stand in the middle of a collective: nothing to go on from
-                pool.each(lambda engine: engine.weight_version())  # finds the dead, and waits where none is left
-                if urls == [engine.url for engine in pool.engines]:
+                pool.find_dead()
+                if urls == [engine.url for engine in (*pool.engines, *pool.stale)]:
                     raise
         if config.sync.transport == "disk":
             folder = version_folder(sync_folder(config), self.version)
             pool.catch_up(ServedWeights(folder, self.version))
         else:
             pool.expect(None)
+            pool.admit(self.version)
         return report
 
     def probe_engines(self) -> None:
@@ -339,6 +342,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         if checkpoint:
             trainers.load(checkpoint)
             prompts.restore(state["prompts"])
+        if config.sync.transport != "disk":
+            engines.pool.refresh = run.publish_weights
         if checkpoint or config.rollout.urls:
             # Engines that someone else started may hold anything.
             run.sync_weights()

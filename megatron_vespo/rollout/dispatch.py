@@ -63,7 +63,8 @@ class Seat:
 
     index: int
     engine: Engine
-    state: Literal["up", "restarting", "lost"] = "up"
+    state: Literal["up", "restarting", "stale", "lost"] = "up"
+    """stale: it runs again, and gets no request before it has been given the newest weights."""
     calls: list[Call] = field(default_factory=list)
     busy: int = 0
     """Control calls under way, which have a time limit of their own: loading weights, it gives no sign of life."""
@@ -132,14 +133,26 @@ class Dispatcher:
         self._schedule()
 
     def up(self) -> list[Seat]:
-        """Raises what broke the pool, if something did."""
+        """Those that serve. Raises what broke the pool, if something did."""
+        return self._seats("up")
+
+    def stale(self) -> list[Seat]:
+        """Those that would, with the newest weights. Raises as :meth:`up` does."""
+        return self._seats("stale")
+
+    def serve(self, seat: Seat) -> None:
+        """It has the newest weights."""
+        seat.state = "up"
+        self._schedule()
+
+    def _seats(self, state: str) -> list[Seat]:
         if self.broken is not None:
             raise self.broken
-        return [seat for seat in self.seats if seat.state == "up"]
+        return [seat for seat in self.seats if seat.state == state]
 
     def down(self, seat: Seat, error: EngineDown) -> None:
         """The engine in ``seat`` died or hangs: what it had goes back in front of the queue, and it is restarted."""
-        if seat.state != "up":
+        if seat.state not in ("up", "stale"):
             return
         seat.state = "restarting"
         self.balance.prefixes.forget(seat.index)
@@ -311,7 +324,7 @@ class Dispatcher:
             self._break(EngineError(f"engine {seat.index}: {error!r} while it was restarted, after: {reason}"))
         else:
             self.counts["engine_restarts"] += 1
-            seat.engine, seat.state = engine, "up"
+            seat.engine, seat.state = engine, "stale" if self.restarts.weights is None else "up"
         self._schedule()
 
     def _break(self, error: EngineError) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
+from megatron_vespo.rollout.protocol import EngineError, GenerateRequest, Generation, SamplingParams
 from megatron_vespo.samples.records import FinishReason, Prompt, RoutingShape, Sample
 
 THREADS = 256
@@ -153,6 +153,8 @@ def play_groups(
     def run(episode: Episode) -> Sample:
         try:
             play(episode)
+        except EngineError:
+            raise
         except Exception as error:
             name = getattr(play, "__qualname__", repr(play))
             raise EpisodeError(f"rollout.function {name} failed on sample {episode.id}: {error!r}") from error

@@ -20,7 +20,7 @@ from megatron_vespo.rollout.process import EngineProcess, free_port
 from megatron_vespo.rollout.protocol import EngineError
 
 LOOPBACK = "127.0.0.1"
-OURS = ("model-path", "host", "port", "weight-version", "api-key", "tokenizer-worker-num")
+OURS = ("host", "port", "weight-version", "api-key", "tokenizer-worker-num")
 """Flags of the command line that ``engine_args`` may not set."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +25,8 @@ from megatron_vespo.rollout.protocol import (
     PauseMode,
 )
 from megatron_vespo.rollout.restart import Launcher, Restarts, ServedWeights
+
+LOOK_EVERY_S = 1.0
 
 T = TypeVar("T")
 
@@ -53,8 +57,14 @@ class EnginePool:
         patience = patience or Patience()
         self.url = ", ".join(engine.url for engine in engines)
         self._threads = ThreadPoolExecutor(2 * len(engines) + 4, thread_name_prefix="rollout-control")
-        self._restarts = Restarts(launcher, weights, patience.max_restarts, patience.restart_delay_s, self._threads)
+        self._restarts = Restarts(
+            launcher, weights, patience.max_restarts, patience.restart_delay_s, self._threads, initial=weights
+        )
         self._dispatcher = Dispatcher(engines, patience, self._restarts, self._threads)
+        self._refreshing = threading.Lock()
+        self.refresh: Callable[[], object] | None = None
+        """Gives the newest weights to every engine, the ``stale`` ones too, and admits them. Called by whoever waits
+        here for an answer, so it must be harmless then. None: a stale engine waits for the next sync."""
 
     # --- sampling -----------------------------------------------------------------------------------------------
 
@@ -65,10 +75,12 @@ class EnginePool:
     def generate(self, requests: Sequence[GenerateRequest]) -> list[list[Generation]]:
         jobs = self._submitted(requests)
         try:
-            wait([job.done for job in jobs], return_when=FIRST_EXCEPTION)
-            for job in jobs:
-                if job.done.done():
-                    job.done.result()  # raises the first error, while others may still be under way
+            waiting = {job.done for job in jobs}
+            while waiting:
+                done, waiting = wait(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises the first error, while others may still be under way
+                self._refresh_stale()
             return [job.done.result() for job in jobs]
         except BaseException:
             io_loop.call(self._dispatcher.drop, jobs)
@@ -127,6 +139,56 @@ class EnginePool:
         """[engine][sequence] log-probs: what each engine that serves makes of ``sequences``."""
         return self.each(lambda engine: engine.score(sequences))
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """While someone else gives the engines weights: no clock runs, and no sign of life is asked for."""
+
+        def count(change: int) -> None:
+            for seat in self._dispatcher.seats:
+                seat.busy += change
+
+        io_loop.call(count, 1)
+        try:
+            yield
+        finally:
+            io_loop.call(count, -1)
+
+    def find_dead(self) -> None:
+        """Ask all whether they live, so that who died unnoticed restarts; returns when one can take weights."""
+        while True:
+            io_loop.wait_for(self._each(lambda engine: engine.weight_version()))
+            if self.engines or self.stale:
+                return
+            io_loop.wait_for(asyncio.sleep(0.2))
+
+    @property
+    def stale(self) -> tuple[Engine, ...]:
+        """Restarted engines that wait for weights which lie in no folder."""
+        return tuple(seat.engine for seat in io_loop.call(self._dispatcher.stale))
+
+    def admit(self, version: int) -> None:
+        """Those of ``stale`` that were given ``version`` serve from now on."""
+
+        async def look() -> None:
+            for seat in self._dispatcher.stale():
+                try:
+                    if await self._dispatcher.in_thread(seat.engine.weight_version) == version:
+                        self._dispatcher.serve(seat)
+                except EngineDown as error:
+                    self._dispatcher.down(seat, error)
+
+        io_loop.wait_for(look())
+
+    def _refresh_stale(self) -> None:
+        """In the thread of a caller that waits, so that nothing is trained meanwhile."""
+        if self.refresh is None or not io_loop.call(self._dispatcher.stale):
+            return
+        if self._refreshing.acquire(blocking=False):
+            try:
+                self.refresh()
+            finally:
+                self._refreshing.release()
+
     # --- control ------------------------------------------------------------------------------------------------
 
     @property
@@ -141,6 +203,7 @@ class EnginePool:
             answers = io_loop.wait_for(self._each(ask))
             if answers:
                 return answers
+            self._refresh_stale()
             io_loop.wait_for(asyncio.sleep(0.2))
 
     def pause(self, mode: PauseMode = "retract") -> None:
@@ -207,4 +270,4 @@ class EnginePool:
                         seat.engine.update_weights_from_disk, weights.folder, weights.version
                     )
                     if await self._dispatcher.in_thread(seat.engine.weight_version) == weights.version:
-                        seat.state = "up"
+                        self._dispatcher.serve(seat)

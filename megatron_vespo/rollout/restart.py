@@ -51,10 +51,13 @@ class Restarts:
     launcher: Launcher | None
     """None: someone else started the engines."""
     weights: ServedWeights | None
-    """What every engine is to serve; None: as yet unknown, or streamed to them and in no folder."""
+    """What every engine is to serve. None: it lies in no folder; an engine is launched from ``initial``, and is to be
+    given it by whoever streams weights."""
     limit: int
     delay_s: float
     threads: Executor
+    initial: ServedWeights | None = None
+    """What the engines were launched from at first."""
     proof: Callable[[Engine], object] | None = None
     """Raises EngineError where an engine does not compute what it should under ``weights``."""
     in_a_row: Counter[int] = field(default_factory=Counter)
@@ -64,11 +67,6 @@ class Restarts:
         """The engine, running again. Raises EngineError with ``reason`` and all that was tried."""
         if self.launcher is None:
             raise EngineError(f"{reason}\nIt was started by someone else (rollout.urls) and is not restarted.")
-        if self.weights is None:
-            raise EngineError(
-                f"{reason}\nIts weights were streamed to it, so that it cannot be restarted with them; "
-                "engines are restarted under sync.transport=disk."
-            )
         reason = f"{reason}\n{await self._in_thread(self.launcher.post_mortem, index)}"
         if self.limit == 0:
             raise EngineError(reason)
@@ -87,7 +85,8 @@ class Restarts:
                 logger.warning("engine %d: %s failed: %s", index, attempt, error)
                 tried.append(f"{attempt}: {error}")
                 continue
-            logger.warning("engine %d runs again at %s, weight version %d", index, started.url, self.weights.version)
+            version = "of the next sync" if self.weights is None else self.weights.version
+            logger.warning("engine %d runs again at %s, weight version %s", index, started.url, version)
             return started
         raise EngineError(
             f"engine {index} is lost after {self.in_a_row[index]} restarts in a row (rollout.max_restarts): "
@@ -96,13 +95,15 @@ class Restarts:
 
     async def _launched(self, index: int) -> Engine:
         """Launched and brought to ``weights``, which may move on meanwhile."""
-        assert self.launcher is not None and self.weights is not None
-        weights = self.weights
+        weights = self.weights or self.initial
+        assert self.launcher is not None and weights is not None
         engine = await self._in_thread(self.launcher.relaunch, index, weights)
         while True:
             version = await self._in_thread(engine.weight_version)
             if version != weights.version:
                 raise EngineError(f"{engine.url} says weight version {version}, and was given {weights.version}")
+            if self.weights is None:
+                return engine
             if self.proof is not None:
                 await self._in_thread(self.proof, engine)
             if weights == self.weights:
