@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env quickstart test test-fast test-sglang sglang lint clean
+.PHONY: env quickstart test test-fast test-sglang invariance sglang lint clean
 
 env: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ test: env lint
 
 test-fast: env
 	$(BIN)/python -m pytest -m 'not slow'
+
+# Every objective x aggregation x split x packing against float64, and docs/invariance.md from it (about 20 minutes).
+invariance: env
+	PYTHONPATH=tests $(BIN)/python -m invariance docs/invariance.md
 
 # The engine suite against real SGLang on this machine's CPU (1.7 GB of packages in the same environment).
 sglang: $(VENV)/.sglang

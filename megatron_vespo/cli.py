@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; every process of the run has been ended", file=sys.stderr)
         return 130
@@ -51,10 +54,44 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
 
+    compare = commands.add_parser(
+        "compare",
+        help="replay a run's stored rollouts through any set of objectives, side by side",
+        description="Replays a run's stored rollouts through any set of objectives, under one aggregation and one "
+        "correction: tables here, plots and all numbers in RUN_DIR/compare/. The part from the log-probs needs no "
+        "model and takes seconds. The gradients in the space of the parameters run the policy under the run's own "
+        "layout: a forward and a backward pass of each mini-batch for each objective (for a searching one another "
+        "forward), and in host memory 4 bytes a parameter for each objective, spread over the ranks.",
+    )
+    compare.add_argument("run_dir", type=Path, help="the directory of a run, with rollouts/ and config.resolved.yaml")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the run's")
+    compare.add_argument(
+        "--objectives",
+        nargs="+",
+        default=[],
+        metavar="NAME[:key=value,...]",
+        help="such as vespo vespo:length_power=1.0 package.module.factory (default: all, the run's own first)",
+    )
+    compare.add_argument("--steps", nargs="+", default=["newest"], help="numbers of stored steps, or newest (default)")
+    compare.add_argument("--aggregation", help="for all objectives (default: the run's)")
+    compare.add_argument(
+        "--correction", nargs="+", metavar=("NAME", "key=value"), help="for all objectives (default: the run's)"
+    )
+    compare.add_argument(
+        "--checkpoint",
+        metavar="PATH|none",
+        help="where gradients are taken: a Megatron checkpoint, an HF folder, or none to leave that part out "
+        "(default: the run's newest checkpoint, or what it started from)",
+    )
+    compare.set_defaults(run=_compare)
+
     budget = commands.add_parser("budget", help="what an objective keeps of its signal under a per-token mismatch")
-    budget.add_argument("--k3", type=float, required=True, help="nats a token, such as the metric k3_engine of a run")
-    budget.add_argument("--length", type=int, nargs="+", required=True, help="tokens in a response")
-    budget.add_argument("--objective", default="vespo", help="one that weighs whole responses (default: vespo)")
+    budget.add_argument("--k3", type=float, help="nats a token, such as the metric k3_engine of a run")
+    budget.add_argument(
+        "--run", type=Path, dest="run_dir", metavar="RUN_DIR", help="instead: a run whose stored rollouts tell it"
+    )
+    budget.add_argument("--length", type=int, nargs="+", default=[], help="tokens in a response")
+    budget.add_argument("--objective", help="one that weighs whole responses (default: that of --run, or vespo)")
     budget.add_argument(
         "--params", nargs="*", default=[], metavar="key=value", help="of the objective, such as cap=2.0"
     )
@@ -77,6 +114,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.loop.synchronous import train
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
+    from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
     from megatron_vespo.samples.dataset import DataError
     from megatron_vespo.weights.sync import SyncError
@@ -84,10 +122,10 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with open_run(resolved) as run:
             train(run)
-    except (DataError, RewardError, CheckpointError) as error:
+    except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, EngineError, SyncError) as error:
+    except (ClusterError, EngineError, EpisodeError, SyncError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
@@ -105,12 +143,53 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_vespo.cluster.ray_cluster import ClusterError
+    from megatron_vespo.loop.compare import compare
+
+    overrides = list(options.overrides)
+    if options.aggregation:
+        overrides.append(f"objective.aggregation={options.aggregation}")
+    if options.correction:
+        name, *params = options.correction
+        overrides += [f"objective.correction={name}", "objective.correction_params={}"]
+        overrides += [f"objective.correction_params.{param}" for param in params]
+    try:
+        page = compare(
+            options.run_dir,
+            objectives=options.objectives,
+            steps=options.steps,
+            checkpoint=options.checkpoint,
+            overrides=overrides,
+            console=Console(),
+        )
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(page)
+    return 0
+
+
 def _budget(options: argparse.Namespace) -> int:
     from megatron_vespo.objectives.budget import budget_table
+    from megatron_vespo.observe.run_budget import run_budget_table
 
     params = dict(parse_override(text) for text in options.params)
+    if (options.k3 is None) == (options.run_dir is None):
+        raise ConfigError("give either --k3, a mismatch in nats a token, or --run, the directory of a run that had one")
+    if options.run_dir is None and not options.length:
+        raise ConfigError("--length is missing: the budget of --k3 depends on the tokens in a response")
     try:
-        print(budget_table(options.objective, options.k3, options.length, **params))
+        if options.run_dir is None:
+            print(budget_table(options.objective or "vespo", options.k3, options.length, **params))
+            return 0
+        name = options.objective
+        if not name:
+            objective = load_config(options.run_dir / "config.resolved.yaml").run.objective
+            name, params = objective.name, objective.params | params
+        print(run_budget_table(options.run_dir, name, params, options.length))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return 0

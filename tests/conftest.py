@@ -38,7 +38,9 @@ def served(
     from megatron_vespo.rollout import launch_engine
 
     log_file = tmp_path_factory.mktemp("logs") / f"{request.param}.log"
-    engine = launch_engine(request.param, folders[0], log_file=log_file, precision="fp32", request_timeout_s=120)
+    engine = launch_engine(
+        request.param, folders[0], log_file=log_file, precision="fp32", routed_experts=True, request_timeout_s=120
+    )
     process = engine._process
     assert process is not None and process.pids()
     yield Served(request.param, engine, folders, (load_plain(folders[0]), load_plain(folders[1])))

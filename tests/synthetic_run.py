@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from weighed_samples import make_samples
 
+from megatron_vespo.objectives import build_objective
+from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
+from megatron_vespo.policy.response_weights import weigh_trained
 from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.store import batch_file, write_batch
 
 CONFIG = """\
 name: quickstart
@@ -19,6 +24,7 @@ parallel: {tensor: 1, pipeline: 1, context: 1, expert: 2}
 objective: {name: vespo, params: {}, aggregation: token-mean, correction: none}
 rollout: {engine: reference, samples_per_prompt: 8}
 train: {steps: 60, prompts_per_step: 32, mini_batches: 4}
+data: {train: runs/quickstart_model/train.jsonl}
 """
 
 
@@ -30,8 +36,12 @@ def step_record(step: int, steps: int, rng: np.random.Generator) -> dict[str, An
         **{"response_length": 40 + 12 * done + rng.normal(0, 1.5), "truncated": max(0.0, 0.1 - 0.1 * done)},
         **{"loss": rng.normal(0, 0.05), "grad_norm": 1.2 + rng.gamma(2, 0.2), "lr": 1e-4},
         **{"w/mean": 1 + rng.normal(0, 0.02), "w/ess": 0.97 - rng.gamma(2, 0.01)},
-        **{"log_w_stale/mean": -rng.gamma(2, 0.01), "log_w_engine/mean": rng.normal(0, 1e-5)},
+        **health_metrics(weigh_trained(build_objective("vespo"), rollouts(step, 40))),
+        **{"routing_mismatch_engine": 0.02 + 0.002 * rng.random(), "routing_mismatch_update": 0.03 + 0.02 * done},
         **{"staleness_mean": 1.5, "staleness_max": 3, "rollout_logprob_diff": 2e-6 * rng.gamma(5, 0.2)},
+        **{"mismatch/kl": 1e-9 * rng.normal(), "mismatch/max": 2e-5 * rng.gamma(5, 0.2)},
+        **{"mismatch/ppl_ratio": 1.0, "mismatch/ppl_ratio/p05": 1 - 1e-6, "mismatch/ppl_ratio/p95": 1 + 1e-6},
+        **{"sync_probe_diff": 1e-6 * rng.gamma(5, 0.2), "sync_probe_k3": 1e-12 * rng.gamma(5, 0.2)},
         **{"k3_engine": 1e-11 * rng.gamma(5, 0.2), "entropy": 0.5 - 0.2 * done + rng.normal(0, 0.01)},
         **{"tokens_per_s": 900 + rng.normal(0, 40), "sync_probe_max": 5e-6 * rng.gamma(5, 0.2)},
         "seconds": {
@@ -39,6 +49,12 @@ def step_record(step: int, steps: int, rng: np.random.Generator) -> dict[str, An
             **{"train": 1.9 + rng.normal(0, 0.1), "sync": 0.25},
         },
     }
+
+
+def rollouts(step: int, count: int) -> list[Sample]:
+    """A batch with a mismatch that long responses feel, and staleness that grows from update to update."""
+    lengths = 1 + np.random.default_rng(step).gamma(2, 150, count).astype(int)
+    return make_samples(lengths.tolist(), engine=0.03, stale=0.04, updates=4, seed=step)
 
 
 def sample(step: int, index: int, text: str, gold: str, reward: float) -> Sample:
@@ -67,6 +83,7 @@ def write_run(run_dir: Path, steps: int = 60) -> None:
                 writer.write_samples(
                     step, [sample(step, 0, right, "14", 1.0), sample(step, 1, "I do not know.", "5", 0.0)]
                 )
+                write_batch(batch_file(run_dir / "rollouts", step), rollouts(step, 256))
             if step % 20 == 0:
                 score = 0.3 + 0.5 * step / steps
                 writer.write({"step": step, "eval": {"greedy": score, "avg@4": score - 0.03, "n": 200}})

@@ -94,7 +94,15 @@ def errors_of_a_split(
     is, and the names this rank compared."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from tiny_models import load, megatron_tensors, share_of, tiny_config, tiny_hf_model, whole_name
+    from tiny_models import (
+        gather_gradient_shards,
+        load,
+        megatron_tensors,
+        share_of,
+        tiny_config,
+        tiny_hf_model,
+        whole_name,
+    )
 
     from megatron_vespo.policy import layout as ranks
     from megatron_vespo.policy.attention import packed_seq_params
@@ -154,16 +162,6 @@ def errors_of_a_split(
                 worst, whose = error, full_name
     ranks.destroy()
     return max(logprob_errors), worst, whose, names
-
-
-def gather_gradient_shards(wrapped: list[Any]) -> None:
-    """Under the distributed optimizer each data-parallel rank ends with the sums of its own shard only."""
-    for ddp in wrapped:
-        for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
-            ranks = group.intra_distributed_optimizer_instance_group
-            for bucket in group.buckets:
-                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
 
 
 def run_splits(splits: dict[str, dict[str, Any]], references: dict[str, Any]) -> dict[str, Any]:

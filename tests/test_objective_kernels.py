@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from objective_data import inputs_of, means, ready
+from objective_data import AGGREGATION_PARAMS, inputs_of, means, ready
 
 from megatron_vespo.objectives import ObjectiveInputs, ObjectiveOutput, available_objectives, build_objective
 from megatron_vespo.objectives.sequence import segment_sums
@@ -134,6 +134,17 @@ def test_a_rank_with_nothing_to_count_adds_zero_with_a_gradient(
     inputs = inputs_of(rows, [1.0] * len(rows))
     inputs.mask[:] = False
     output = run(name, inputs, aggregation=aggregation)
+    output.loss.backward()
+    assert output.loss == 0 and (inputs.logprobs.grad == 0).all()
+    assert all(float(value) == 0 and float(count) == 0 for value, count in output.metrics.values())
+
+
+@pytest.mark.parametrize("name", available_objectives())
+@pytest.mark.parametrize("aggregation", AGGREGATION_PARAMS)
+def test_a_micro_batch_of_padding_alone_adds_zero_with_a_gradient(name: str, aggregation: str) -> None:
+    """What a data-parallel rank packs that has run out of responses: two tokens, of none."""
+    inputs = inputs_of([[0.1, 0.2]], [], masked={(0, 0), (0, 1)}, num_segments=0)
+    output = run(name, inputs, aggregation=aggregation, **AGGREGATION_PARAMS[aggregation])
     output.loss.backward()
     assert output.loss == 0 and (inputs.logprobs.grad == 0).all()
     assert all(float(value) == 0 and float(count) == 0 for value, count in output.metrics.values())

@@ -61,6 +61,13 @@ def test_packed_index_speaks_of_the_next_token(align):
     assert batch.advantages.tolist() == [2.0, 3.0, 4.0]
 
 
+def test_members_are_the_real_tokens_of_each_sequence():
+    batch = pack([sample(4, 5, 1), sample(3, 0, 2)], align=4)
+    assert batch.members().int().tolist() == [[1] * 9 + [0] * 7, [0] * 12 + [1] * 3 + [0]]
+    assert batch.shard(torch.tensor([8, 9, 12])).members().int().tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert pack([], align=4).members().shape == (0, 4)
+
+
 def test_an_empty_micro_batch_is_padding_only():
     batch = pack([], align=4)
     assert batch.num_segments == 0 and not batch.mask.any() and len(batch.tokens) == 4

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vespo.config.load import ConfigError
 from megatron_vespo.rewards import RewardError, build_reward
+from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.math import grade, grade_parsed, last_boxed
 from megatron_vespo.rewards.worker import RewardWorkers
 
@@ -167,7 +169,7 @@ def test_build_reward_names_what_is_wrong() -> None:
         ("os.no_such_function", "no 'no_such_function'"),
         ("os.sep", "not a function"),
     ]:
-        with pytest.raises(RewardError, match=message):
+        with pytest.raises(ConfigError, match=message):
             build_reward(name)
 
 
@@ -215,3 +217,11 @@ def test_an_answer_that_explodes_is_survived() -> None:
     with RewardWorkers(grade, workers=1, timeout_s=5) as workers:
         bomb, good = workers.score([(r"\boxed{9^{9^{9^{9}}}}", "9"), (r"\boxed{9}", "9")])
         assert (bomb.reward, good.reward) == (0.0, 1.0)
+
+
+def test_the_overlong_penalty_grows_over_the_buffer() -> None:
+    """DAPO, eq. 13: 0 up to limit - buffer, then linear to 1 at the limit."""
+    lengths = (0, 80, 85, 90, 100)
+    assert [overlong_penalty(n, limit=100, buffer=20, penalty=1.0) for n in lengths] == [0, 0, 0.25, 0.5, 1.0]
+    assert overlong_penalty(90, limit=100, buffer=20, penalty=0.4) == 0.2
+    assert overlong_penalty(100, limit=100, buffer=0, penalty=1.0) == 0.0

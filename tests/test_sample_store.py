@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def make_samples() -> list[Sample]:
                 old_logprobs=floats[1] if i != 2 else None,
                 train_logprobs=floats[2] if i == 3 else None,
                 trained_version=i if i == 3 else None,
-                routed_experts=rng.integers(0, 8, (len(prompt.tokens) + length - 1, 2, 2)).astype(np.int32),
+                routed_experts=rng.integers(0, 8, (len(prompt.tokens) + length - 1 - i, 2, 2)).astype(np.uint8),
                 metadata={"reward_error": "late"} if i == 1 else {},
             )
         )
@@ -76,6 +77,18 @@ def test_the_newest_batches_stay(tmp_path: Path) -> None:
     assert stored_steps(tmp_path) == [9, 10]
 
 
+def test_a_field_that_is_younger_than_the_file_keeps_its_default(tmp_path: Path) -> None:
+    path = batch_file(tmp_path, 1)
+    write_batch(path, make_samples())
+    arrays = load_file(path)
+    rest = json.loads(arrays["json"].tobytes())
+    for row in rest["samples"]:
+        del row["grade"]
+    arrays["json"] = np.frombuffer(json.dumps(rest).encode(), np.uint8)
+    save_file(arrays, path)
+    assert [(s.id, s.grade) for s in read_batch(path)] == [(s.id, None) for s in make_samples()]
+
+
 def test_a_torn_file_and_an_unknown_format_are_refused_by_name(tmp_path: Path) -> None:
     path = batch_file(tmp_path, 1)
     write_batch(path, make_samples())
@@ -88,4 +101,9 @@ def test_a_torn_file_and_an_unknown_format_are_refused_by_name(tmp_path: Path) -
     arrays["json"] = np.frombuffer(arrays["json"].tobytes().replace(b'"format": 1', b'"format": 9'), np.uint8)
     save_file(arrays, path)
     with pytest.raises(StoreError, match="format 9"):
+        read_batch(path)
+    arrays["json"] = np.frombuffer(arrays["json"].tobytes().replace(b'"format": 9', b'"format": 1'), np.uint8)
+    del arrays["loss_mask"]
+    save_file(arrays, path)
+    with pytest.raises(StoreError, match=r"step_000001.*loss_mask"):
         read_batch(path)

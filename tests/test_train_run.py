@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import make_checkpoint, make_run, processes_about, records, start, train, wait_until, write_problems
+from tiny_run import (
+    descendants,
+    make_checkpoint,
+    make_run,
+    processes_about,
+    records,
+    running,
+    start,
+    train,
+    wait_until,
+    write_problems,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.cli import main
+from megatron_vespo.config.load import load_config
+from megatron_vespo.loop.replay import load_run, micro_batches, read_updates
+from megatron_vespo.observe.weight_health import health_metrics
+from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.policy.response_weights import weigh_trained
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
 pytestmark = pytest.mark.slow
@@ -66,6 +83,26 @@ def test_the_rollouts_are_stored_with_the_logprobs_they_were_trained_at(finished
     assert max(moved[:16]) < 1e-5 < 1e-4 < max(moved[16:])
 
 
+def test_a_stored_batch_replays_to_the_loss_that_was_logged(finished: Path) -> None:
+    run = finished / "run"
+    objective = objective_of(load_run(run))
+    losses = [objective(inputs).loss.item() for m in read_updates(run, 2) for inputs in micro_batches(m.samples)]
+    assert len(losses) == 2  # an update each
+    logged = steps(finished)[1]["loss"]
+    assert logged == pytest.approx(sum(losses) / 2, rel=1e-5, abs=1e-6)
+
+
+def test_a_steps_weight_health_is_that_of_its_stored_rollouts(finished: Path) -> None:
+    config = load_config(finished / "run" / "config.resolved.yaml").run
+    for record in steps(finished):
+        samples = read_batch(batch_file(finished / "run" / "rollouts", record["step"]))
+        expected = health_metrics(weigh_trained(objective_of(config), samples))
+        assert {name: record.get(name) for name in record if name.startswith("health/")} == pytest.approx(expected)
+        assert record["health/log_w_stale/p95"] > 1e-4 > abs(record["health/log_w_engine/p95"])
+    report = (finished / "run" / "report.html").read_text()
+    assert "Mismatch budget" in report and "Dead responses" in report
+
+
 def test_the_export_loads_in_transformers_and_differs_from_the_start(finished: Path) -> None:
     exported = AutoModelForCausalLM.from_pretrained(finished / "run" / "hf")
     initial = AutoModelForCausalLM.from_pretrained(finished / "model")
@@ -88,31 +125,88 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(finished: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
-    config = make_run(tmp_path, train={"steps": 500})
-    process = start(config)
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 90, "first step")
-    engines = [pid for pid in processes_about(str(tmp_path)) if is_engine(pid)]
-    assert engines
-    for pid in engines:
-        os.kill(pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "error: http://127.0.0.1:" in err and "Traceback" not in err
-    wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+@pytest.mark.parametrize("mode", ["r2", "r3"])
+def test_routing_is_replayed_through_a_run(tmp_path: Path, mode: str) -> None:
+    model = {"routing_replay": mode, "router_z_loss": 0.01}
+    config = make_run(tmp_path, model=model, train={"steps": 2}, checkpoint={"export_hf": False})
+    code, out, err = train(config)
+    assert code == 0, out + err
+    for record in steps(tmp_path):
+        assert record["rollout_logprob_diff"] < 1e-5
+        # In float32 engine and trainer agree; the second update of a step finds its router moved.
+        assert record.get("routing_mismatch_engine", -1.0) == (-1.0 if mode == "r2" else 0.0)
+        assert 0 < record["routing_mismatch_update"] < 0.5 and record["router_z_loss"] > 0
+    samples = read_batch(batch_file(tmp_path / "run" / "rollouts", 2))
+    for s in samples:
+        if mode == "r2":
+            assert s.routed_experts is None
+        else:
+            assert s.routed_experts.shape == (s.length - 1, 2, 2) and s.routed_experts.dtype == np.uint8
 
 
 def is_engine(pid: int) -> bool:
     return "megatron_vespo.rollout.reference" in Path(f"/proc/{pid}/cmdline").read_text()
 
 
-def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
-    process = start(make_run(tmp_path, train={"steps": 500}))
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 90, "first step")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+def is_engine_host(pid: int) -> bool:
+    return "EngineHost" in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def is_ray_agent(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_text().startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+
+
+def kill_those(folder: Path, which: Callable[[int], bool]) -> None:
+    pids = [pid for pid in processes_about(str(folder)) if which(pid)]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+    config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
+    process = start(config)
+    log = tmp_path / "run" / "logs" / "rollout.log"
+    wait_until(lambda: len(records(tmp_path / "run")) > 0, 120, "first evaluation")
+    kill_those(tmp_path, is_engine)
+    wait_until(lambda: log.read_text().count("runs again") == 1, 120, "first restart")
+    kill_those(tmp_path, is_engine_host)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    assert log.read_text().count("runs again") == 2 and "engine-0.log" in log.read_text()
+    assert sum(record.get("engine_restarts", 0) for record in steps(tmp_path)) == 2
+    for name in ("reward", "loss", "grad_norm", "w/mean", "response_length", "entropy"):
+        assert [r[name] for r in steps(tmp_path)] == [r[name] for r in steps(finished)], name
+    ours, theirs = (load_file(folder / "run" / "hf" / "model.safetensors") for folder in (tmp_path, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+
+
+def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
+    process = start(make_run(tmp_path, train={"steps": 500}), "rollout.max_restarts=0")
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
+    kill_those(tmp_path, is_engine)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: http://127.0.0.1:" in err and "end of" in err and "engine-0.log" in err and "Traceback" not in err
+    wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+
+
+@pytest.mark.parametrize("how", ["terminated", "ctrl-c", "killed"])
+def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path, how: str) -> None:
+    process = start(make_run(tmp_path, train={"steps": 500}), new_session=True)
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
+    # After a kill -9 two helpers of Ray's try for a minute or two to tell its dead head so, and then end too.
+    family = {pid for pid in descendants(process.pid) if not (how == "killed" and is_ray_agent(pid))}
+    assert len(family) > 6, "Ray, two ranks, a host and its engine, a grader"
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    else:
+        process.send_signal(signal.SIGTERM if how == "terminated" else signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == "killed" else 130), err
+    wait_until(lambda: not processes_about(str(tmp_path)), 40, "all processes ended")
+    wait_until(lambda: not any(running(pid) for pid in family), 40, "Ray's own ended too")
 
 
 def broken_data(folder: Path) -> list[str]:
@@ -163,3 +257,37 @@ def test_bad_input_is_refused_before_anything_starts(
     err = capsys.readouterr().err
     assert code == 2 and expected in err and "Traceback" not in err
     assert not processes_about(str(folder))
+
+
+def calculator(episode: Any) -> None:
+    """A tool that speaks after each eight tokens; for rollout.function."""
+    while episode.room >= 8:
+        episode.sample(max_tokens=8)
+        episode.append(episode.tokenizer.encode("1+1=2"))
+
+
+def test_tools_dynamic_sampling_and_overlong_filtering_together(tmp_path: Path) -> None:
+    config = make_run(
+        tmp_path,
+        train={"steps": 2, "mask_truncated": True},
+        rollout={"function": "test_train_run.calculator", "dynamic_sampling": True, "max_response_tokens": 24},
+        reward={"overlong_buffer": 8, "overlong_penalty": 0.5},
+        sync={"probe_tolerance": None},
+    )
+    code, out, err = train(config)
+    assert code == 0, out + err
+    for record in steps(tmp_path):
+        assert record["dynamic_sampling/groups_asked"] >= 8 and record["grad_norm"] >= 0
+        assert record["rollout_logprob_diff"] < 1e-5  # of the policy's tokens alone
+    for sample in read_batch(batch_file(tmp_path / "run" / "rollouts", 2)):
+        penalty = 0.5 * max(0, len(sample.response_tokens) - 16) / 8
+        assert sample.grade - sample.reward == pytest.approx(penalty)
+        if sample.finish_reason == "length":
+            assert not sample.loss_mask.any()
+        else:
+            assert 0 < sample.loss_mask.sum() < len(sample.loss_mask)
+
+
+def test_a_rollout_function_that_does_not_exist_is_refused_at_once(tmp_path: Path) -> None:
+    code, _, err = train(make_run(tmp_path), "rollout.function=nowhere.play")
+    assert code == 2 and "rollout.function='nowhere.play'" in err and "Traceback" not in err

@@ -1,12 +1,15 @@
-"""PolicyTrainer on two ranks: after an update, transformers gets the trainer's own log-probs from its HF export."""
+"""PolicyTrainer: after an update transformers gets its log-probs from its HF export; the ESS-scaled step."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from tiny_run import make_run
 
@@ -69,3 +72,45 @@ def test_the_export_has_the_trainers_logprobs(tmp_path: Path, layout: str) -> No
         first = len(sample.prompt.tokens)
         expected = table[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
         assert np.abs(found[i] - expected.numpy()).max() < 1e-5
+
+
+LOG_W = np.random.default_rng(2).normal(0, 1, 7)
+
+
+def change_of_an_update(config_file: Path, overrides: list[str]) -> tuple[list[np.ndarray], float | None]:
+    """What an update on seven responses with these LOG_W adds to each parameter of this rank; the rate it reports."""
+    from megatron_vespo import platform
+    from megatron_vespo.policy.trainer import PolicyTrainer
+
+    platform.current().prepare_megatron(1)
+    trainer = PolicyTrainer(load_config(config_file, overrides).run)
+    samples = make_samples(len(LOG_W), trainer.hf_config.vocab_size)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, trainer.compute_logprobs(samples, trainer.config.rollout.temperature))
+    for position, now in ((position, now) for of_rank in found for position, now in of_rank.items()):
+        samples[position].rollout_logprobs = samples[position].old_logprobs = now - LOG_W[position] / len(now)
+    parameters = [parameter for model in trainer.models for parameter in model.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    metrics = trainer.train_mini_batch(samples).metrics
+    change = [(after.detach() - old).numpy() for after, old in zip(parameters, before, strict=True)]
+    return change, metrics["lr"][0] if metrics else None
+
+
+def changes_of_updates(config_file: Path, layout: str, settings: list[str]) -> list[Any]:
+    return [change_of_an_update(config_file, [layout, setting]) for setting in settings]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "layout"), [(1, "parallel.pipeline=1"), (2, "parallel.pipeline=2")])
+def test_the_ess_step_is_a_smaller_learning_rate(tmp_path: Path, world_size: int, layout: str) -> None:
+    w = np.exp(LOG_W)
+    rate = 1e-3 * math.sqrt(w.sum() ** 2 / (len(w) * (w**2).sum()))
+    config = make_run(tmp_path, optimizer={"lr": 1e-3})
+    settings = ["optimizer.ess_step=w", f"optimizer.lr={rate!r}"]
+    of_ranks = run_ranks(changes_of_updates, world_size, config, layout, settings)
+    assert rate < 0.8e-3
+    assert of_ranks[-1][0][1] == pytest.approx(rate, rel=1e-5)
+    for (ours, _), (expected, _) in of_ranks:
+        assert max(float(np.abs(change).max()) for change in expected) > 0.5 * rate
+        for change, should_be in zip(ours, expected, strict=True):
+            assert np.abs(change - should_be).max() < 1e-3 * rate

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import (
     AutoModelForCausalLM,
@@ -41,21 +42,23 @@ LLAMA3_ROPE = dict(
 )
 
 
-def tiny_config(kind: str) -> PreTrainedConfig:
-    """``kind``: dense (Qwen3, tied embeddings), moe (Qwen3-MoE), moe_unnormalised, mixtral, qwen2, llama, llama3."""
+def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """``kind``: dense (Qwen3, tied embeddings), moe (Qwen3-MoE), moe_unnormalised, mixtral, qwen2, llama, llama3.
+
+    ``changes``: fields of the config that are to differ."""
     if kind == "dense":
-        return Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)
+        return Qwen3Config(**SHAPE | dict(head_dim=16, tie_word_embeddings=True) | changes)
+    untied = SHAPE | dict(tie_word_embeddings=False)
+    experts = dict(num_experts_per_tok=2, experts_implementation="eager")  # the grouped one has no float64
     if kind in ("moe", "moe_unnormalised"):
-        experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=kind == "moe")
-        experts["experts_implementation"] = "eager"  # the grouped one has no float64
-        return Qwen3MoeConfig(**SHAPE, head_dim=16, tie_word_embeddings=False, **experts)
+        experts |= dict(num_experts=8, moe_intermediate_size=24, norm_topk_prob=kind == "moe", head_dim=16)
+        return Qwen3MoeConfig(**untied | experts | changes)
     if kind == "mixtral":
-        experts = dict(num_local_experts=8, num_experts_per_tok=2, experts_implementation="eager")
-        return MixtralConfig(**SHAPE, tie_word_embeddings=False, **experts)
+        return MixtralConfig(**untied | experts | dict(num_local_experts=8) | changes)
     if kind == "qwen2":
-        return Qwen2Config(**SHAPE, tie_word_embeddings=False)
+        return Qwen2Config(**untied | changes)
     rope = {"rope_parameters": LLAMA3_ROPE} if kind == "llama3" else {}
-    return LlamaConfig(**SHAPE, tie_word_embeddings=False, **rope)
+    return LlamaConfig(**untied | rope | changes)
 
 
 def tiny_hf_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -140,3 +143,13 @@ def load(chunks: list[Any], whole: dict[str, torch.Tensor]) -> None:
             for name, parameter in chunk.named_parameters():
                 full_name = whole_name(chunk, name)
                 parameter.copy_(share_of(whole[full_name], full_name, parameter))
+
+
+def gather_gradient_shards(wrapped: list[Any]) -> None:
+    """Under the distributed optimizer each data-parallel rank ends with the sums of its own shard only."""
+    for ddp in wrapped:
+        for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)

@@ -19,8 +19,10 @@ from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.cluster.weight_sender import WeightSender
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable, stacked
 from megatron_vespo.weights.sync import SyncError, SyncReport
 
 PLACEMENT_DEADLINE_S = 120
@@ -56,8 +58,8 @@ class TrainerRank:
         self.trainer = PolicyTrainer(config)
         self.sender = WeightSender(config) if rank == 0 else None
 
-    def publish(self, version: int, urls: Sequence[str]) -> SyncReport | None:
-        return self.trainer.publish(self.sender.to(urls) if self.sender else None, version)
+    def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport | None:
+        return self.trainer.publish(self.sender.to(urls, key) if self.sender else None, version)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.trainer, method)(*arguments)
@@ -116,20 +118,34 @@ class TrainerGroup:
 
     # ------------------------------------------------------------------------------------------ collective calls
 
-    def train_mini_batch(self, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+    def train_mini_batch(
+        self, samples: Sequence[Sample]
+    ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray], WeightTable]:
         """One optimizer update. (metric name -> (sum, denominator) over the whole mini-batch, [response] float32 log pi
-        of each sample as the update saw it)."""
+        of each sample as the update saw it, a row of sequence weights of each, in any order)."""
         results = self._all("train_mini_batch", ray.put(list(samples)))
         metrics = next(result.metrics for result in results if result.metrics)
-        return metrics, _in_order([result.logprobs for result in results])
+        logprobs = _in_order([result.logprobs for result in results])
+        return metrics, logprobs, stacked([result.weights for result in results])
+
+    def compute_old_logprobs(
+        self, mini_batch: Sequence[Sample]
+    ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+        """What the next update of ``mini_batch`` starts from. (metrics, [response] float32 log pi_old of each)."""
+        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)))
+        return results[0][1], _in_order([logprobs for logprobs, _ in results])
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
         return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))
 
-    def publish(self, version: int, urls: Sequence[str]) -> SyncReport:
-        """Bring the engines at ``urls`` to the current weights. Raises SyncError, EngineError."""
-        return self._gather([actor.publish.remote(version, urls) for actor in self.ranks])[0]
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the objectives' gradients on a mini-batch, over all parameters."""
+        return self._all("gradient_products", ray.put(list(samples)), list(objectives))[0]
+
+    def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport:
+        """Bring the engines at ``urls``, which want ``key``, to the current weights. Raises SyncError, EngineError."""
+        return self._gather([actor.publish.remote(version, urls, key) for actor in self.ranks])[0]
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
         self._all("save", folder.resolve(), driver_state)

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from megatron_vespo import platform
+from megatron_vespo.cluster.ray_cluster import spans_nodes
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.rollout.weight_routes import engine_weights
@@ -29,20 +30,21 @@ class WeightSender:
         self._urls: tuple[str, ...] = ()
         self._transport: WeightTransport | None = None
 
-    def to(self, urls: Sequence[str]) -> WeightTransport:
+    def to(self, urls: Sequence[str], key: str | None) -> WeightTransport:
         """The transport to these engines. One that was restarted has another address, and all are connected anew."""
         if self._transport is None or self._urls != tuple(urls):
             if self._transport is not None:
                 with contextlib.suppress(EngineError):  # the one that is gone
                     self._transport.close()
-            self._transport = build_transport(self.config, urls)
+            self._transport = build_transport(self.config, urls, key)
             self._urls = tuple(urls)
         return self._transport
 
 
-def build_transport(config: RunConfig, urls: Sequence[str]) -> WeightTransport:
+def build_transport(config: RunConfig, urls: Sequence[str], key: str | None = None) -> WeightTransport:
+    """``key``: the bearer token that the engines want."""
     sync, rollout = config.sync, config.rollout
-    engines = [engine_weights(rollout.engine, url, rollout.request_timeout_s) for url in urls]
+    engines = [engine_weights(rollout.engine, url, rollout.request_timeout_s, key) for url in urls]
     bucket_bytes = sync.bucket_mb * MIB
     if sync.transport == "disk":
         return DiskTransport(engines, sync_folder(config), config.model.path, bucket_bytes=bucket_bytes)
@@ -65,6 +67,6 @@ def sync_folder(config: RunConfig) -> Path:
     directory, shared = config.directory.resolve(), Path("/dev/shm")
     if config.sync.folder is not None:
         return config.sync.folder.resolve()
-    if config.cluster.nodes > 1 or config.cluster.address or not shared.is_dir():
+    if spans_nodes(config) or not shared.is_dir():
         return directory / "sync"
     return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"

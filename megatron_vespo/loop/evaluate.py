@@ -17,8 +17,8 @@ def evaluate(run: Run) -> dict[str, float]:
         run.score(greedy)
         run.score(drawn)
     result = {
-        "greedy": sum(s.reward or 0.0 for s in greedy) / len(greedy),
-        f"avg@{k}": sum(s.reward or 0.0 for s in drawn) / len(drawn),
+        "greedy": sum(s.grade or 0.0 for s in greedy) / len(greedy),
+        f"avg@{k}": sum(s.grade or 0.0 for s in drawn) / len(drawn),
         "n": len(held_out),
     }
     run.record_evaluation(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,8 +14,12 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
-from megatron_vespo.policy.model import check_architecture, check_layout, num_experts
+from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout import HttpEngine
+from megatron_vespo.rollout.launch import flag_names
+from megatron_vespo.rollout.precision import refusal
+from megatron_vespo.rollout.protocol import EngineError
 
 GIB = 1 << 30
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -50,17 +55,18 @@ class Plan:
 
 
 def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
-    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists absent files instead."""
-    missing = _absent_files(config)
+    """Raises :class:`ConfigError` naming field, value and mend; a dry run lists what this machine lacks instead."""
+    missing = _absent_model(config) + _absent_data(config) + _absent_precision(config)
     if missing and not dry_run:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
+    _check_routing_replay(config, hf_config, ask_engines=not dry_run)
+    layout = _check_layout(config, hf_config)
+    _check_engines(config)
     _check_sync(config)
     try:
-        layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
-        check_architecture(hf_config)
-        check_layout(hf_config, layout)
+        check_router_losses(hf_config, config.model)
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -73,16 +79,58 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     return Plan(config, hf_config, layout, missing)
 
 
-def _absent_files(config: RunConfig) -> list[str]:
-    found = []
+def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
+    """The part of it that running the policy alone needs: weights, and a layout that fits them."""
+    if missing := _absent_model(config):
+        raise ConfigError("\n".join(missing))
+    hf_config = _model_config(config)
+    return hf_config, _check_layout(config, hf_config)
+
+
+def _check_engines(config: RunConfig) -> None:
+    rollout = config.rollout
+    try:
+        flag_names(rollout.engine_args)
+    except EngineError as error:
+        raise ConfigError(str(error)) from None
+    if rollout.urls_key_env is not None and not os.environ.get(rollout.urls_key_env):
+        raise ConfigError(
+            f"rollout.urls_key_env = {rollout.urls_key_env!r}: no such environment variable is set; "
+            "export the engines' key in it, or leave the field out"
+        )
+
+
+def _absent_model(config: RunConfig) -> list[str]:
     if not (config.model.path / "config.json").is_file():
-        found.append(_no_checkpoint(config))
-    elif not any(config.model.path.glob("*.safetensors")):
-        found.append(f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded")
-    for name, path in (("data.train", config.data.train), ("data.evaluate", config.data.evaluate)):
-        if path is not None and not path.is_file():
-            found.append(f"{name} = {path}: no such file; give a JSONL file of problems")
-    return found
+        return [_no_checkpoint(config)]
+    if not any(config.model.path.glob("*.safetensors")):
+        return [f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded"]
+    return []
+
+
+def _absent_data(config: RunConfig) -> list[str]:
+    files = (("data.train", config.data.train), ("data.evaluate", config.data.evaluate))
+    return [
+        f"{name} = {path}: no such file; give a JSONL file of problems"
+        for name, path in files
+        if path is not None and not path.is_file()
+    ]
+
+
+def _absent_precision(config: RunConfig) -> list[str]:
+    # Engines of someone else's run elsewhere, in the precision that they were given.
+    reason = None if config.rollout.urls else refusal(config.rollout.engine, config.rollout.precision)
+    return [reason] if reason else []
+
+
+def _check_layout(config: RunConfig, hf_config: Any) -> ParallelLayout:
+    try:
+        layout = ParallelLayout.from_config(config.parallel, config.cluster.world_size, num_experts(hf_config))
+        check_architecture(hf_config)
+        check_layout(hf_config, layout)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return layout
 
 
 def _model_config(config: RunConfig) -> Any:
@@ -99,6 +147,33 @@ def _no_checkpoint(config: RunConfig) -> str:
     return f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
 
 
+def _check_routing_replay(config: RunConfig, hf_config: Any, *, ask_engines: bool) -> None:
+    mode = config.model.routing_replay
+    if mode != "none" and not num_experts(hf_config):
+        raise ConfigError(
+            f"model.routing_replay = {mode}, but the model ({hf_config.model_type}) has no experts; set it to none"
+        )
+    if not config.model.replays_engine_routing:
+        return
+    flags = {name.replace("_", "-"): value for name, value in config.rollout.engine_args.items()}
+    if flags.get("enable-return-routed-experts") is False:
+        raise ConfigError(
+            f"model.routing_replay = {mode} needs the engines' routing, and rollout.engine_args turns "
+            "enable-return-routed-experts off; take that out, or set model.routing_replay to r2 or none"
+        )
+    for url in config.rollout.urls if ask_engines else ():
+        try:
+            with HttpEngine(url, key=os.environ.get(config.rollout.urls_key_env or "")) as engine:
+                returns = engine.returns_routing()
+        except EngineError as error:
+            raise ConfigError(f"rollout.urls: {error}") from None
+        if not returns:
+            raise ConfigError(
+                f"model.routing_replay = {mode} needs the engines' routing, and {url} (rollout.urls) does not return "
+                "it; launch it with --enable-return-routed-experts, or set model.routing_replay to r2 or none"
+            )
+
+
 def _check_counts(config: RunConfig, hf_config: Any) -> None:
     train, rollout = config.train, config.rollout
     if train.prompts_per_step % train.mini_batches:
@@ -112,6 +187,11 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model has {limit} positions; "
             "lower one of them"
+        )
+    if config.reward.overlong_buffer > rollout.max_response_tokens:
+        raise ConfigError(
+            f"reward.overlong_buffer = {config.reward.overlong_buffer} is more than rollout.max_response_tokens = "
+            f"{rollout.max_response_tokens}: even an empty response would lose reward; lower it"
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,24 +17,33 @@ from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.weight_sender import sync_folder
+from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
+from megatron_vespo.observe.mismatch import add_probe, mismatch_metrics
 from megatron_vespo.observe.progress import RunProgress, accuracy_lines
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
+from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
+from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
+from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
-from megatron_vespo.rollout.protocol import SamplingParams
-from megatron_vespo.rollout.sampling import sample_groups
+from megatron_vespo.rollout.episodes import Episode, play_groups
+from megatron_vespo.rollout.protocol import Engine, EngineError, SamplingParams
+from megatron_vespo.rollout.restart import ServedWeights
+from megatron_vespo.rollout.sampling import group_seeds, sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
-from megatron_vespo.weights.sync import SyncError
+from megatron_vespo.samples.weight_table import WeightTable, stacked
+from megatron_vespo.weights.sync import SyncError, SyncReport
+from megatron_vespo.weights.transports.disk import version_folder
 
 PROBE_SEQUENCES = 4
 
@@ -50,12 +59,18 @@ class Run:
     prompts: PromptStream
     held_out: list[Prompt]
     tokenizer: Any
+    play: Callable[[Episode], None] | None
+    """rollout.function."""
     writer: RunWriter
     progress: RunProgress
+    routing: RoutingShape | None = None
+    """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     version: int = 0
     metrics: MetricSums = field(default_factory=MetricSums)
+    weights: list[WeightTable] = field(default_factory=list)
+    """Of the updates since the last record."""
     probe: list[Sample] = field(default_factory=list)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -77,27 +92,44 @@ class Run:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int, *, batch: str
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples_per_prompt: int,
+        *,
+        batch: str,
+        routing: RoutingShape | None = None,
     ) -> list[Sample]:
-        return sample_groups(
-            self.engines.pool,
-            prompts,
-            sampling,
+        options: dict[str, Any] = dict(
             samples_per_prompt=samples_per_prompt,
             batch=f"{self.step}/{batch}",
-            seed=(self.config.seed, self.step, len(batch)),
+            seeds=group_seeds(self.config.seed, self.step, batch, len(prompts)),
             tokenizer=self.tokenizer,
+            routing=routing,
         )
+        if self.play is not None:
+            return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
+        return sample_groups(self.engines.pool, prompts, sampling, **options)
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Sample]:
+    def rollout(self, prompts: Sequence[Prompt], *, batch: str) -> list[Sample]:
         settings = self.config.rollout
         sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
-        return self.sample(prompts, sampling, settings.samples_per_prompt, batch="train")
+        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch, routing=self.routing)
+        if self.config.train.mask_truncated:
+            for sample in samples:
+                if sample.finish_reason == "length":
+                    sample.loss_mask = np.zeros_like(sample.loss_mask)
+        return samples
 
     def score(self, samples: Sequence[Sample]) -> None:
         graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
+        limit, settings = self.config.rollout.max_response_tokens, self.config.reward
         for sample, result in zip(samples, graded, strict=True):
-            sample.reward = result.reward
+            length = len(sample.response_tokens)
+            sample.grade = result.reward
+            sample.reward = result.reward - overlong_penalty(
+                length, limit, settings.overlong_buffer, settings.overlong_penalty
+            )
             if result.error:
                 sample.metadata["reward_error"] = result.error
 
@@ -113,48 +145,87 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
+    def recompute_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
         """log pi_old: the trainer still holds the weights that sampled."""
-        found = self.trainers.compute_logprobs(samples, self.config.rollout.temperature)
-        for sample, logprobs in zip(samples, found, strict=True):
+        metrics, found = self.trainers.compute_old_logprobs(mini_batch)
+        for name, (total, denominator) in metrics.items():
+            self.metrics.add(name, total, denominator)
+        for sample, logprobs in zip(mini_batch, found, strict=True):
             sample.old_logprobs = logprobs
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
-        metrics, logprobs = self.trainers.train_mini_batch(mini_batch)
+        metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
         for name, (total, denominator) in metrics.items():
             self.metrics.add(name, total, denominator)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
             sample.train_logprobs, sample.trained_version = trained, self.version
-        lag = self.version - np.concatenate([s.weight_versions for s in mini_batch])
+        self.weights.append(weights)
+        lag = self.version - np.concatenate([s.weight_versions[s.loss_mask] for s in mini_batch])
         self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
         self.metrics.add_maximum("staleness_max", float(lag.max(initial=0)))
         self.version += 1
 
     def sync_weights(self) -> None:
         """Bring every engine to the current version, and measure that it computes what the trainer computes."""
-        report = self.trainers.publish(self.version, [engine.url for engine in self.engines.pool.engines])
-        for name, value in report.metrics().items():
+        for name, value in self.publish_weights().metrics().items():
             self.metrics.add(name, value, 1.0)
         if self.probe:
             self.probe_engines()
+
+    def publish_weights(self) -> SyncReport:
+        """To every engine that serves. One that dies meanwhile is restarted, and brought to this version then."""
+        pool, config = self.engines.pool, self.config
+        while True:
+            urls = [engine.url for engine in pool.engines]
+            try:
+                report = self.trainers.publish(self.version, urls, self.engines.key)
+                break
+            except EngineError:
+                if config.sync.transport != "disk":
+                    raise  # the ranks stand in the middle of a collective: nothing to go on from
+                pool.each(lambda engine: engine.weight_version())  # finds the dead, and waits where none is left
+                if urls == [engine.url for engine in pool.engines]:
+                    raise
+        if config.sync.transport == "disk":
+            folder = version_folder(sync_folder(config), self.version)
+            pool.catch_up(ServedWeights(folder, self.version))
+        else:
+            pool.expect(None)
+        return report
 
     def probe_engines(self) -> None:
         """How far the engines' log-probs of fixed responses are from the trainer's."""
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
-        worst = 0.0
-        for engine in self.engines.pool.engines:
-            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True):
-                theirs = scored[len(sample.prompt.tokens) - 1 :]
-                worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)))
-        self.metrics.add_maximum("sync_probe_max", worst)
-        tolerance = self.config.sync.probe_tolerance
-        if tolerance is not None and not worst <= tolerance:
-            raise SyncError(
-                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by "
-                f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole or precisions differ"
+        version, tolerance = self.version, self.config.sync.probe_tolerance
+
+        def differences(scores: Sequence[np.ndarray]) -> np.ndarray:
+            """[tokens] of one engine. Raises SyncError where one is too large."""
+            found = np.concatenate(
+                [
+                    ours - scored[len(sample.prompt.tokens) - 1 :]
+                    for sample, ours, scored in zip(self.probe, expected, scores, strict=True)
+                ]
             )
+            worst = float(np.abs(found).max(initial=0.0))
+            if tolerance is not None and not worst <= tolerance:
+                raise SyncError(
+                    f"after the sync to version {version} an engine's log-probs differ from the trainer's by "
+                    f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole, "
+                    "or precisions differ"
+                )
+            return found
+
+        add_probe(self.metrics, np.concatenate([differences(s) for s in self.engines.pool.score(sequences)]))
+
+        def proof(engine: Engine) -> None:
+            try:
+                differences(engine.score(sequences))
+            except SyncError as error:
+                raise EngineError(str(error)) from None
+
+        self.engines.pool.set_proof(proof)
 
     # ------------------------------------------------------------------------------------------ records
 
@@ -168,15 +239,18 @@ class Run:
             "version": self.version,
             "time": time.time(),
             "reward": float(np.mean([s.reward for s in samples])),
-            "accuracy": float(np.mean([(s.reward or 0.0) >= 1.0 for s in samples])),
+            "accuracy": float(np.mean([(s.grade or 0.0) >= 1.0 for s in samples])),
             "reward_errors": sum("reward_error" in s.metadata for s in samples),
             "response_length": response_tokens / len(samples),
             "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
             "tokens_per_s": sum(s.length for s in samples) / sum(seconds.values()),
             **self.metrics.means(),
+            **health_metrics(stacked(self.weights)),
+            **mismatch_metrics(samples),
+            **self.engines.pool.take_counts(),
             "seconds": seconds,
         }
-        self.metrics = MetricSums()
+        self.metrics, self.weights = MetricSums(), []
         self.writer.write(record)
         self.writer.write_samples(self.step, samples[: self.config.log.samples_per_step])
         if self.config.log.rollouts_kept:
@@ -223,6 +297,7 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
     prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
     prompts.require(config.train.prompts_per_step)
     reward = build_reward(config.reward.name)
+    play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
@@ -254,14 +329,18 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             prompts=prompts,
             held_out=held_out[: config.evaluate.max_prompts],
             tokenizer=tokenizer,
+            play=play,
             writer=writer,
             progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
+            routing=_engine_routing(config),
             step=state["step"],
             version=state["version"],
         )
         if checkpoint:
             trainers.load(checkpoint)
             prompts.restore(state["prompts"])
+        if checkpoint or config.rollout.urls:
+            # Engines that someone else started may hold anything.
             run.sync_weights()
         yield run
 
@@ -277,3 +356,10 @@ def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
         suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,
     )
+
+
+def _engine_routing(config: RunConfig) -> RoutingShape | None:
+    """What the engines are asked to return with each response."""
+    from transformers import AutoConfig
+
+    return routing_shape(AutoConfig.from_pretrained(config.model.path)) if config.model.replays_engine_routing else None

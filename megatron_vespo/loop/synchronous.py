@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vespo.loop.collect import collect
 from megatron_vespo.loop.evaluate import evaluate
 from megatron_vespo.loop.run import Run
 from megatron_vespo.samples.records import Sample
@@ -14,15 +15,14 @@ def train(run: Run) -> None:
         evaluate(run)
 
     while run.step < config.train.steps:
-        with run.phase("rollout"):
-            samples = run.rollout(run.prompts.next(config.train.prompts_per_step))
-        with run.phase("reward"):
-            run.score(samples)
+        samples = collect(run)
         run.assign_advantages(samples)
+        mini_batches = split(samples, config.train.mini_batches)
         with run.phase("old log-probs"):
-            run.recompute_old_logprobs(samples)
+            for mini_batch in mini_batches:
+                run.recompute_old_logprobs(mini_batch)
 
-        for mini_batch in split(samples, config.train.mini_batches):
+        for mini_batch in mini_batches:
             with run.phase("train"):
                 run.update_policy(mini_batch)
         run.step += 1

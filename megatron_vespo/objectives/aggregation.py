@@ -54,8 +54,8 @@ class Aggregation:
             case "seq-mean-token-sum":
                 return counted.sum() / total_sequences
             case "seq-mean-token-mean":
-                # A response of which nothing counts has no token here to weigh; max(1) keeps its 1/0 out.
-                return (counted / ratios.to_tokens(ratios.lengths.clamp(min=1))).sum() / total_sequences
+                # Where nothing counts (a response's tokens, padding without any response) 0 / 0 would be NaN.
+                return (counted / ratios.to_tokens(ratios.lengths).clamp(min=1)).sum() / total_sequences
             case _:
                 assert self.length is not None
                 return counted.sum() / (self.length * total_sequences)

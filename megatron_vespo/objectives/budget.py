@@ -64,8 +64,10 @@ def interval(
 ) -> tuple[Budget, Budget]:
     """(lower, upper) ends of the bootstrap interval of ``measure``: responses resampled with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(log_w), (resamples, len(log_w)), generator=generator)
-    found = torch.tensor([astuple(measure(phi, log_w[some])) for some in chosen], dtype=torch.float64)
+    values, n = phi(log_w.to(torch.float64)), len(log_w)
+    uniform = torch.full_like(values, 1 / n)
+    draws = (values[torch.randint(n, (n,), generator=generator)] for _ in range(resamples))
+    found = torch.tensor([astuple(_summarize(drawn, uniform)) for drawn in draws], dtype=torch.float64)
     lower, upper = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).tolist()
     return Budget(*lower), Budget(*upper)
 
@@ -131,18 +133,26 @@ def objective_phi(name: str, length: float, *, positive: bool, **params: Any) ->
 
 def budget_table(name: str, k3: float, lengths: Sequence[float], **params: Any) -> str:
     """What ``megatron-vespo budget`` prints: the prediction for responses of each length, for A >= 0 and A < 0."""
-    lines = [
-        f"{name} under a mismatch of k3 = {k3:g} nats a token, independent and normal",
-        f"{'tokens':>8}{'log W':>18}{'E phi':>16}{'ESS':>16}{f'phi < {DEAD}':>18}",
-        f"{'':8}{'mean ± s.d.':>18}" + f"{'A >= 0':>9}{'A < 0':>7}" * 2 + f"{'A >= 0':>11}{'A < 0':>7}",
-    ]
+    lines = [f"{name} under a mismatch of k3 = {k3:g} nats a token, independent and normal", *table_head("tokens", 8)]
     for length in lengths:
         both = [predict(objective_phi(name, length, positive=sign, **params), k3, length) for sign in (True, False)]
         log_w = f"{-k3 * length:.3g} ± {math.sqrt(2 * k3 * length):.3g}"
-        pairs = [f"{getattr(both[0], field):9.3f}{getattr(both[1], field):7.3f}" for field in ("mean_phi", "ess")]
-        dead = f"{both[0].dead:11.1%}{both[1].dead:7.1%}"
-        lines.append(f"{length:8g}{log_w:>18}{''.join(pairs)}{dead}")
+        lines.append(f"{length:8g}{log_w:>18}{table_cells(*both)}")
     return "\n".join(lines)
+
+
+def table_head(first: str, width: int) -> tuple[str, str]:
+    """The two lines above a table whose first column is ``first``, of ``width`` characters."""
+    return (
+        f"{first:>{width}}{'log W':>18}{'E phi':>16}{'ESS':>16}{f'phi < {DEAD}':>18}",
+        f"{'':{width}}{'mean ± s.d.':>18}" + f"{'A >= 0':>9}{'A < 0':>7}" * 2 + f"{'A >= 0':>11}{'A < 0':>7}",
+    )
+
+
+def table_cells(positive: Budget, negative: Budget) -> str:
+    """The columns below the last six words of :func:`table_head`."""
+    pairs = [f"{getattr(positive, name):9.3f}{getattr(negative, name):7.3f}" for name in ("mean_phi", "ess")]
+    return f"{''.join(pairs)}{positive.dead:11.1%}{negative.dead:7.1%}"
 
 
 def _summarize(phi: torch.Tensor, probability: torch.Tensor) -> Budget:

@@ -56,6 +56,12 @@ def available_objectives() -> list[str]:
     return sorted(OBJECTIVES)
 
 
+def distinct_objectives() -> list[str]:
+    """Likewise, without second names of the same objective."""
+    first = {entry.factory: name for name, entry in sorted(OBJECTIVES.items(), reverse=True)}
+    return sorted(first.values())
+
+
 def published_settings(name: str) -> dict[str, str]:
     """``aggregation`` and ``advantage`` that the objective's paper uses, as far as we know them; {} for one's own.
 

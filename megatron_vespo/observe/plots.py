@@ -1,52 +1,16 @@
-"""The report's plots: matplotlib drawings as inline SVG whose colours are CSS variables, so that they follow the page.
-
-Each panel is drawn in placeholder colours, which are replaced by ``var(--...)`` in the SVG text; report.css gives the
-variables their values for light and dark.
-"""
+"""The report's plots of a run's records over its steps."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from megatron_vespo.observe.canvas import INK, SERIES, add_legend, new_figure, styled, to_svg
 from megatron_vespo.observe.records import Record, number
-
-INK, GRID = "#010203", "#010204"
-SERIES = tuple(f"#0102{16 + i:02x}" for i in range(8))
-CSS_NAMES = {INK: "var(--muted)", GRID: "var(--line)"} | {color: f"var(--series-{i})" for i, color in enumerate(SERIES)}
-
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.7,
-    "lines.solid_capstyle": "round",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +31,22 @@ class Panel:
     """Mark the evaluation records' scores."""
     only_if_varying: bool = False
     """Leave the panel out where its quantity is the same at every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """Quantiles of one quantity over the steps, as bands around the median."""
+
+    title: str
+    note: str
+    quantity: str
+    """Record keys are ``<quantity>/p05`` and so on."""
+    color: str
+
+
+def parts(quantity: str, label: str) -> tuple[tuple[str, str], ...]:
+    """The series of ``quantity`` and of what staleness and the engine alone make of it."""
+    return (quantity, label), (f"{quantity}_stale", "stale"), (f"{quantity}_engine", "engine")
 
 
 LEARNING = (
@@ -94,30 +74,70 @@ OFF_POLICY = (
         reference=1.0,
     ),
     Panel(
-        *("Effective sample size", "(ΣW)² / (n ΣW²): the share of responses that still carry weight."),
-        *((("w/ess", "ESS / n"),),),
-        reference=1.0,
-        floor=0.0,
-    ),
-    Panel(
-        *("log W, split", "Mean log W of the stale part (trainer now against trainer then) and of the engine's part."),
-        *((("log_w_stale/mean", "stale"), ("log_w_engine/mean", "engine")),),
-        reference=0.0,
-    ),
-    Panel(
-        *("Trainer against engine", "Per token, same weights: mean |Δ log p|, and the k3 estimate of KL."),
-        *((("rollout_logprob_diff", "|Δ log p|"), ("k3_engine", "k3")),),
-        log=True,
-    ),
-    Panel(
         *("Staleness", "Weight version trained minus version that sampled, per token."),
         *((("staleness_mean", "mean"), ("staleness_max", "maximum")),),
         floor=0.0,
     ),
+)
+MISMATCH = (
     Panel(
-        *("Weight-sync probe", "Largest |engine − trainer| log-prob on fixed prompts, right after a sync."),
-        *((("sync_probe_max", "maximum"),),),
+        *("Trainer against engine", "Per token, same weights: mean and largest |Δ log p|, and the k3 estimate of KL."),
+        *((("rollout_logprob_diff", "|Δ log p|"), ("mismatch/max", "largest"), ("k3_engine", "k3")),),
         log=True,
+    ),
+    Panel(
+        *("KL(μ‖π_old), nats a token", "Two estimates: k1, unbiased and noisy, and k3, never negative."),
+        *((("mismatch/kl", "k1"), ("k3_engine", "k3")),),
+        reference=0.0,
+    ),
+    Panel(
+        *("Perplexity ratio", "The engine's over the trainer's, by response: mean, 5 % and 95 % quantiles."),
+        *((("mismatch/ppl_ratio", "mean"), ("mismatch/ppl_ratio/p05", "5 %"), ("mismatch/ppl_ratio/p95", "95 %")),),
+        reference=1.0,
+    ),
+    Panel(
+        *("Routing mismatch", "Share of replayed (token, layer) pairs that the trainer's own router sends elsewhere."),
+        *((("routing_mismatch_engine", "engine"), ("routing_mismatch_update", "in the update")),),
+        floor=0.0,
+    ),
+    Panel(
+        *(
+            "Weight-sync probe",
+            "|engine − trainer| log-prob of the same few responses of the first step, right after each sync.",
+        ),
+        *((("sync_probe_max", "maximum"), ("sync_probe_diff", "mean"), ("sync_probe_k3", "k3")),),
+        log=True,
+    ),
+)
+WEIGHTS = (
+    Fan(
+        *("log W, stale", "log π − log π_old summed over a response: quantiles over the responses of a step."),
+        *("health/log_w_stale", SERIES[1]),
+    ),
+    Fan(
+        *("log W, engine", "log π_old − log μ summed over a response: the engine's mismatch, mind the scale."),
+        *("health/log_w_engine", SERIES[2]),
+    ),
+    Panel(
+        *("Effective sample size", "(Σx)² / (n Σx²) of W, of its two factors and of φ: the share that still counts."),
+        *((*parts("health/ess_w", "W"), ("health/ess_phi", "φ")),),
+        reference=1.0,
+        floor=0.0,
+    ),
+    Panel(
+        *("Length slope of φ", "Change of φ per 1,000 tokens of a response's length; below 0 long answers lose."),
+        parts("health/phi_slope", "φ"),
+        reference=0.0,
+    ),
+    Panel(
+        *("Dead responses, A > 0", "Share with φ < 0.01. Stale, engine: had the other factor of W been 1."),
+        parts("health/dead_positive", "whole"),
+        floor=0.0,
+    ),
+    Panel(
+        *("Dead responses, A < 0", "Likewise. A bad response that the policy has left already may well be dead."),
+        parts("health/dead_negative", "whole"),
+        floor=0.0,
     ),
 )
 OPTIMISATION = (
@@ -135,8 +155,8 @@ def draw(panel: Panel, steps: Sequence[Record], evaluations: Sequence[Record]) -
     scores = _scores(evaluations) if panel.evaluations else {}
     if not curves and not scores:
         return None
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _figure()
+    with styled():
+        figure, axes = new_figure()
         colors = iter(SERIES * 4)
         for label, y in curves.items():
             _draw_curve(axes, x, y, label, next(colors))
@@ -158,8 +178,28 @@ def draw(panel: Panel, steps: Sequence[Record], evaluations: Sequence[Record]) -
         if high - low < 1:
             axes.set_xlim(low - 1, high + 1)
         if len(curves) + len(scores) > 1:
-            _legend(figure, axes)
-        return _svg(figure)
+            add_legend(figure, axes)
+        return to_svg(figure)
+
+
+def draw_fan(fan: Fan, steps: Sequence[Record]) -> str | None:
+    """The fan as SVG text, or None if the records have none of its quantiles."""
+    x = np.array([record["step"] for record in steps])
+    rows = [[number(record, f"{fan.quantity}/p{q:02d}") for record in steps] for q in (5, 25, 50, 75, 95)]
+    curves = [np.array([math.nan if value is None else value for value in row]) for row in rows]
+    if not np.isfinite(curves).any():
+        return None
+    with styled():
+        figure, axes = new_figure()
+        for y in (curves[0], curves[-1]) if smoothing(x) else ():
+            axes.plot(x, y, color=fan.color, linewidth=0.6, alpha=0.4)  # so that smoothing hides no step gone wrong
+        low, lower, middle, upper, high = (smooth(y, smoothing(x)) for y in curves)
+        axes.fill_between(x, low, high, color=fan.color, alpha=0.18, linewidth=0, label="5–95 %")
+        axes.fill_between(x, lower, upper, color=fan.color, alpha=0.35, linewidth=0, label="25–75 %")
+        axes.plot(x, middle, color=fan.color, label="median")
+        axes.axhline(0.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        add_legend(figure, axes)
+        return to_svg(figure)
 
 
 def _curves(panel: Panel, steps: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -171,10 +211,10 @@ def _curves(panel: Panel, steps: Sequence[Record]) -> dict[str, np.ndarray]:
         if not np.isfinite(y).any() or (panel.only_if_varying and np.nanmin(y) == np.nanmax(y)):
             continue
         twin = next((name for name, other in curves.items() if np.array_equal(y, other, equal_nan=True)), None)
-        if twin is not None:
-            del curves[twin]
-            label = f"{twin} = {label}"
-        curves[label] = y
+        if twin is None:
+            curves[label] = y
+        else:  # in its place, so that the others keep their colours
+            curves = {f"{name} = {label}" if name == twin else name: other for name, other in curves.items()}
     return curves
 
 
@@ -194,8 +234,8 @@ def draw_seconds(steps: Sequence[Record]) -> str | None:
     if not rows:
         return None
     phases = list(dict.fromkeys(phase for _, seconds in rows for phase in seconds))
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _figure()
+    with styled():
+        figure, axes = new_figure()
         # One outline a phase, a plateau a step: as bars, 1,500 steps would be 7,500 rectangles.
         edges = np.array([rows[0][0], *(step + 1 for step, _ in rows)]) - 0.5
         bottom = np.zeros(len(edges))
@@ -205,52 +245,28 @@ def draw_seconds(steps: Sequence[Record]) -> str | None:
             axes.fill_between(edges, bottom, top, step="post", color=color, label=phase, linewidth=0)
             bottom = top
         axes.set_ylabel("seconds a step")
-        _legend(figure, axes)
-        return _svg(figure)
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    axes.tick_params(length=0)
-    axes.margins(x=0.02)
-    return figure, axes
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=5, handlelength=1.2, columnspacing=1.2, borderpad=0)
+        add_legend(figure, axes)
+        return to_svg(figure)
 
 
 def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str) -> None:
-    if len(x) >= 20:
+    if smoothing(x):
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.4)
-        y = smooth(y, window=max(5, len(x) // 20))
+    y = smooth(y, smoothing(x))
     axes.plot(x, y, color=color, label=label, marker="o" if len(x) == 1 else None, markersize=4)
 
 
+def smoothing(x: np.ndarray) -> int:
+    """The window for as many steps; 0: too few to smooth."""
+    return max(5, len(x) // 20) if len(x) >= 20 else 0
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving mean over ``window`` values (fewer at the ends), passing over NaN."""
+    """Centred moving mean over ``window`` values (fewer at the ends), passing over NaN; as they are for window 0."""
+    if not window:
+        return values
     kernel = np.ones(window)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
     count = np.convolve(known.astype(float), kernel, mode="same")
     return np.where(count > 0, total / np.maximum(count, 1.0), math.nan)
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Inside HTML neither namespace needs its address, and the page promises to name none.
-    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r'<svg\s[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
-    for color, name in CSS_NAMES.items():
-        svg = svg.replace(color, name)
-    return svg

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_vespo.observe import plots
+from megatron_vespo.observe import markup, plots
 from megatron_vespo.observe.records import Record, number, read_records
 
 SAMPLES_SHOWN = 4
@@ -25,7 +25,7 @@ class ReportError(RuntimeError):
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` from metrics.jsonl, config.resolved.yaml and samples/, and return its path.
+    """Write ``run_dir/report.html`` from metrics.jsonl, config.resolved.yaml, samples/ and rollouts/; return its path.
 
     The page needs no network and follows the reader's light or dark preference. Anything but metrics.jsonl may be
     missing. Raises :class:`ReportError` if there are no metrics.
@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} is missing or holds no record yet. Is this a run directory?")
     config_path = run_dir / "config.resolved.yaml"
     config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
-    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"))
+    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"), *_stored(run_dir))
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -52,41 +52,60 @@ def read_samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
-def render(run_name: str, records: Sequence[Record], config_text: str, samples: dict[int, list[dict[str, Any]]]) -> str:
+def _stored(run_dir: Path) -> tuple[str, str]:
+    """What the stored rollouts say: tables of the mismatch, and sections of their own."""
+    if not (run_dir / "rollouts").is_dir():
+        return "", ""
+    # Here: they cost the import of torch.
+    from megatron_vespo.observe.mismatch_tables import mismatch_tables
+    from megatron_vespo.observe.stored_weights import stored_sections
+
+    return mismatch_tables(run_dir), stored_sections(run_dir)
+
+
+def render(
+    run_name: str,
+    records: Sequence[Record],
+    config_text: str,
+    samples: dict[int, list[dict[str, Any]]],
+    mismatch: str = "",
+    stored: str = "",
+) -> str:
+    """The page. ``mismatch``: tables that belong to that section; ``stored``: sections from the stored rollouts."""
     evaluations = [record for record in records if isinstance(record.get("eval"), dict)]
     steps = [record for record in records if "eval" not in record]
     config = _parsed(config_text)
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
-    def panels(group: Sequence[plots.Panel]) -> list[str]:
-        return [_figure(p.title, p.note, svg) for p in group if (svg := plots.draw(p, steps, evaluations))]
+    def panels(group: Sequence[plots.Panel | plots.Fan]) -> list[str]:
+        drawn = [
+            (p, plots.draw_fan(p, steps) if isinstance(p, plots.Fan) else plots.draw(p, steps, evaluations))
+            for p in group
+        ]
+        return [markup.figure(p.title, p.note, svg) for p, svg in drawn if svg]
 
     throughput = panels(plots.THROUGHPUT)
     if seconds := plots.draw_seconds(steps):
-        throughput.append(_figure("Time by phase", "Where the wall time of each step went.", seconds))
+        throughput.append(markup.figure("Time by phase", "Where the wall time of each step went.", seconds))
     body = [
         _header(run_name, config, steps),
         _tiles(steps, evaluations),
-        _section("Learning", _grid(panels(plots.LEARNING))),
-        _section("Held-out accuracy", _evaluation_table(evaluations)),
-        _section("Off-policy health", _grid(panels(plots.OFF_POLICY))),
-        _section("Optimisation", _grid(panels(plots.OPTIMISATION))),
-        _section("Throughput", _grid(throughput)),
-        _section("Samples", _samples(samples)),
-        _section(
+        markup.section("Learning", markup.grid(panels(plots.LEARNING))),
+        markup.section("Held-out accuracy", _evaluation_table(evaluations)),
+        markup.section("Off-policy health", markup.grid(panels(plots.OFF_POLICY))),
+        markup.section(_mismatch_title(config), markup.grid(panels(plots.MISMATCH)) + mismatch),
+        markup.section("Sequence weights", markup.grid(panels(plots.WEIGHTS))),
+        stored,
+        markup.section("Optimisation", markup.grid(panels(plots.OPTIMISATION))),
+        markup.section("Throughput", markup.grid(throughput)),
+        markup.section("Samples", _samples(samples)),
+        markup.section(
             "Configuration",
             f"<details><summary>config.resolved.yaml</summary><pre>{escape(config_text)}</pre></details>",
         )
         if config_text
         else "",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_name(run_name, config))}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return markup.document(_name(run_name, config), body)
 
 
 def _parsed(config_text: str) -> dict[str, Any]:
@@ -115,13 +134,21 @@ def _header(run_name: str, config: dict[str, Any], steps: Sequence[Record]) -> s
         ("objective", _setting(config, "objective", "name")),
         ("aggregation", _setting(config, "objective", "aggregation")),
         ("engine", _setting(config, "rollout", "engine")),
+        ("precision", _setting(config, "rollout", "precision")),
         ("layout", " ".join(layout)),
         ("mini-batches a step", _setting(config, "train", "mini_batches")),
         ("model", _setting(config, "model", "path")),
         ("seed", config.get("seed")),
     ]
-    shown = "".join(f"<span><b>{k}</b> {escape(str(v))}</span>" for k, v in facts if v not in (None, ""))
-    return f'<header><h1>{escape(_name(run_name, config))}</h1><p class="facts">{shown}</p></header>'
+    return markup.heading(_name(run_name, config), [(k, v) for k, v in facts if v not in (None, "")])
+
+
+def _mismatch_title(config: dict[str, Any]) -> str:
+    """``Train-inference mismatch: reference engine in fp8, trainer in float32``, as far as the config says."""
+    precision, dtype = _setting(config, "rollout", "precision"), _setting(config, "model", "dtype")
+    sides = [f"{_setting(config, 'rollout', 'engine')} engine in {precision}"] if precision else []
+    sides += [f"trainer in {dtype}"] if dtype else []
+    return escape("Train-inference mismatch" + (": " + ", ".join(sides) if sides else ""))
 
 
 LAYOUT = (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "EP"))
@@ -130,7 +157,7 @@ LAYOUT = (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "E
 def _tiles(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     tiles = []
     for name in _score_names(evaluations):
-        scores = [record["eval"][name] for record in evaluations if _is_number(record["eval"].get(name))]
+        scores = [record["eval"][name] for record in evaluations if markup.is_number(record["eval"].get(name))]
         if len(scores) > 1:
             change = scores[-1] - scores[0]
             tiles.append((f"held-out {name}", f"{scores[0]:.3f} → <strong>{scores[-1]:.3f}</strong>", f"{change:+.3f}"))
@@ -163,9 +190,9 @@ def _evaluation_table(evaluations: Sequence[Record]) -> str:
     rows = []
     for record in evaluations:
         scores = record["eval"]
-        cells = "".join(f"<td>{_cell(scores.get(name), '.3f')}</td>" for name in names)
+        cells = "".join(f"<td>{markup.cell(scores.get(name), '.3f')}</td>" for name in names)
         when = "before training" if record["step"] == 0 else f"step {record['step']}"
-        rows.append(f"<tr><th>{when}</th>{cells}<td>{_cell(scores.get('n'), '.0f')}</td></tr>")
+        rows.append(f"<tr><th>{when}</th>{cells}<td>{markup.cell(scores.get('n'), '.0f')}</td></tr>")
     return (
         f'<div class="scroll"><table><thead><tr><th></th>{head}<th>problems</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -191,7 +218,7 @@ def _sample(row: dict[str, Any]) -> str:
         *([f"version {versions}"] if versions else []),
     ]
     return (
-        f'<article class="sample"><p class="facts"><span class="chip {mood}">reward {_cell(reward, "g")}</span>'
+        f'<article class="sample"><p class="facts"><span class="chip {mood}">reward {markup.cell(reward, "g")}</span>'
         + "".join(f"<span>{escape(fact)}</span>" for fact in facts)
         + f'</p><pre class="prompt">{_text(row.get("prompt"))}</pre><pre>{_text(row.get("response"))}</pre></article>'
     )
@@ -203,18 +230,6 @@ def _text(text: Any) -> str:
     return escape(text) if cut <= 0 else f"{escape(text[:TEXT_SHOWN])}\n[... {cut} more characters]"
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
-
-
-def _figure(title: str, note: str, svg: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{svg}</figure>"
-
-
 def _score_names(evaluations: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(name for record in evaluations for name in record["eval"] if name != "n"))
 
@@ -224,15 +239,7 @@ def _numbers(steps: Sequence[Record], key: str) -> list[float]:
 
 
 def _finite_values(seconds: Any) -> list[float]:
-    return [value for value in (seconds or {}).values() if _is_number(value)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _cell(value: Any, form: str) -> str:
-    return format(value, form) if _is_number(value) else "–"
+    return [value for value in (seconds or {}).values() if markup.is_number(value)]
 
 
 def duration(seconds: float) -> str:

@@ -51,7 +51,7 @@ class RunWriter:
 
     def write(self, record: Record) -> None:
         """Append one record (see records.py) and flush it. A number that is not finite is written as null."""
-        self._metrics.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        self._metrics.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
         self._metrics.flush()
         if self._wandb is not None:
             self._wandb.log(flatten(record), step=record["step"])
@@ -133,11 +133,12 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

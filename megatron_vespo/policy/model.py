@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PreTrainedConfig
@@ -29,6 +30,7 @@ from megatron_vespo.config.schema import ModelConfig
 from megatron_vespo.policy.attention import PackedAttention
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.norm import Norm
+from megatron_vespo.policy.router import LossRouter
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -44,16 +46,33 @@ Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last stage, called with a ``head``, returns that of its final hidden states instead of logits."""
+    """GPTModel whose last stage, called with a ``head``, returns that of its final hidden states instead of logits, and
+    whose routers, called with ``members``, know their tokens' sequences.
+
+    members: [S, T] bool, the real tokens of each of the S sequences of the (context-parallel shard of the) row. They
+    take the way of megatron-core's ``padding_mask`` [b, T], which passes through layers and recomputation as it is, is
+    made [T, b] by MoELayer, and is read by the router alone (policy/router.py).
+    """
 
     head: Head | None = None
 
-    def forward(self, *inputs: Any, head: Head | None = None, **options: Any) -> torch.Tensor:
+    def forward(
+        self, *inputs: Any, head: Head | None = None, members: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         self.head = head
         try:
-            return super().forward(*inputs, **options)
+            return super().forward(*inputs, padding_mask=members, **options)
         finally:
             self.head = None
+
+    def _preprocess(self, *inputs: Any, padding_mask: torch.Tensor | None = None, **options: Any) -> tuple[Any, ...]:
+        """megatron-core wants a padding_mask of input_ids' shape, and cuts it for sequence parallelism on the first
+        pipeline stage alone."""
+        prepared = super()._preprocess(*inputs, **options)
+        if padding_mask is not None and self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()]
+        return *prepared[:5], padding_mask, *prepared[6:]
 
     def _postprocess(self, hidden_states: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
         if self.head is None or not self.post_process:
@@ -69,13 +88,10 @@ class PolicyModel(GPTModel):
         return self.head(spread(hidden_states, group=self.pg_collection.tp)[:, 0], weight)
 
 
-def transformer_config(
-    hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout, *, routing_replay: bool = False
-) -> TransformerConfig:
+def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout) -> TransformerConfig:
     """The architecture and how it is split. Gradients are summed over data-parallel ranks and never scaled
     (``calculate_per_token_loss``): all scaling is the objective's.
 
-    ``routing_replay`` gives every MoE router a RouterReplay (megatron-core's moe_enable_routing_replay).
     Raises ValueError for an architecture that is not supported and for a layout that does not divide it.
     """
     check_architecture(hf_config)
@@ -112,7 +128,9 @@ def transformer_config(
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # packed rows differ in length
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # Where sends overlap with compute, the interleaved schedule gives the output up before it has left.
+        deallocate_pipeline_outputs=layout.pipeline > 1
+        and (layout.virtual_pipeline is None or platform.current().holds_what_it_sends),
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of different lengths, in dense models too
         # Between two stages, both directions of the interleaved schedule join the same two ranks; a batch of sends and
         # receives is matched in order there, and activations arrive in place of gradients. Apart, they are not mixed.
@@ -128,7 +146,7 @@ def transformer_config(
     if experts:
         settings.update(
             num_moe_experts=experts,
-            moe_layer_freq=_moe_layers(hf_config),
+            moe_layer_freq=moe_layers(hf_config),
             moe_ffn_hidden_size=_expert_width(hf_config),
             moe_router_topk=hf_config.num_experts_per_tok,
             # Softmax over all experts and then the top k, renormalised, is the softmax over the top k.
@@ -139,28 +157,25 @@ def transformer_config(
             moe_token_dropping=False,
             moe_grouped_gemm=fused,
             moe_permute_fusion=fused,
-            moe_enable_routing_replay=routing_replay,
         )
     if model.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(**settings)
 
 
-def build_model(
-    hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout, *, routing_replay: bool = False
-) -> list[PolicyModel]:
+def build_model(hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout) -> list[PolicyModel]:
     """This rank's model chunks, one a virtual pipeline stage (just one without virtual_pipeline), with random weights.
 
     Needs ``layout.initialize``. The output layer gives vocabulary-parallel logits, [1, t, padded vocabulary / tensor];
     policy/logprobs.py keeps the padding out of the probabilities.
     """
-    config = transformer_config(hf_config, model, layout, routing_replay=routing_replay)
+    config = transformer_config(hf_config, model, layout)
     chunks = []
     for vp_stage in range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]:
         ignore_virtual = vp_stage is None
         chunk = PolicyModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, vp_stage),
+            transformer_layer_spec=_block_spec(config, vp_stage, router_losses=model.has_router_losses),
             vocab_size=padded_vocab_size(hf_config.vocab_size, layout.tensor),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
@@ -187,6 +202,12 @@ def build_model(
 def num_experts(hf_config: PreTrainedConfig) -> int:
     """Routed experts of an MoE layer; 0 for a dense model."""
     return getattr(hf_config, "num_experts", None) or 0
+
+
+def moe_layers(hf_config: PreTrainedConfig) -> list[int]:
+    """[layers]: 1 where a layer is an MoE layer."""
+    step, dense = getattr(hf_config, "decoder_sparse_step", 1), getattr(hf_config, "mlp_only_layers", None) or ()
+    return [int(i not in dense and (i + 1) % step == 0) for i in range(hf_config.num_hidden_layers)]
 
 
 def layer_spec_kind(model: ModelConfig) -> platform.LayerSpecKind:
@@ -233,12 +254,22 @@ def check_layout(hf_config: PreTrainedConfig, layout: ParallelLayout) -> None:
             raise ValueError(f"{field} = {size} does not divide the model's {what} = {number} (what does: {divisors})")
 
 
+def check_router_losses(hf_config: PreTrainedConfig, model: ModelConfig) -> None:
+    """Raises ValueError where ``model`` asks for a router's loss and there is no router."""
+    for field in ("router_z_loss", "router_balance_loss"):
+        if getattr(model, field) and not num_experts(hf_config):
+            raise ValueError(
+                f"model.{field} = {getattr(model, field)}, but the model ({hf_config.model_type}) has no experts; "
+                "set it to 0"
+            )
+
+
 def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[tuple[str, int, str, int]]:
     """(parallel field, its size, the model's field, its number): each size must divide its number."""
     experts = num_experts(hf_config)
     yield "parallel.tensor", layout.tensor, "num_attention_heads", hf_config.num_attention_heads
     yield "parallel.tensor", layout.tensor, "num_key_value_heads", _kv_heads(hf_config)
-    if not experts or not all(_moe_layers(hf_config)):
+    if not experts or not all(moe_layers(hf_config)):
         yield "parallel.tensor", layout.tensor, "intermediate_size", hf_config.intermediate_size
     if experts:
         yield "parallel.expert", layout.expert, "num_experts", experts
@@ -250,9 +281,13 @@ def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[
         yield field, stages, "num_hidden_layers", hf_config.num_hidden_layers
 
 
-def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, vp_stage: int | None, *, router_losses: bool) -> TransformerBlockSubmodules:
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
+    if router_losses:
+        for layer in block.layer_specs:
+            if isinstance(moe := layer.submodules.mlp.submodules, MoESubmodules):
+                moe.router = LossRouter
     if use_te:
         return block
     for layer in block.layer_specs:  # layers of one kind share one spec
@@ -269,12 +304,6 @@ def _scaled_inv_freq(hf_config: PreTrainedConfig) -> torch.Tensor | None:
     """[head_dim / 2] float32: rotary frequencies of a checkpoint that scales them, by transformers' own formula."""
     rope_type = hf_config.rope_parameters["rope_type"]
     return None if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))[0]
-
-
-def _moe_layers(hf_config: PreTrainedConfig) -> list[int]:
-    """[layers]: 1 where a layer is an MoE layer."""
-    step, dense = getattr(hf_config, "decoder_sparse_step", 1), getattr(hf_config, "mlp_only_layers", None) or ()
-    return [int(i not in dense and (i + 1) % step == 0) for i in range(hf_config.num_hidden_layers)]
 
 
 def _expert_width(hf_config: PreTrainedConfig) -> int:

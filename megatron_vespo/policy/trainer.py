@@ -6,7 +6,7 @@ Every method is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,16 @@ from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
+from megatron_vespo.policy.response_weights import weigh
+from megatron_vespo.policy.router import RouterLosses
+from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch_metric
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -33,6 +38,7 @@ from megatron_vespo.policy.step import (
 )
 from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.weight_table import WeightTable
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.save import save_hf_folder
@@ -47,6 +53,8 @@ class UpdateResult:
     """Of the whole mini-batch on the last pipeline stage, else {}."""
     logprobs: dict[int, np.ndarray]
     """Position in the mini-batch -> [response] float32 log pi, as this update saw it; each sample by one rank."""
+    weights: WeightTable
+    """Sequence weights of the same samples, in the same order."""
 
 
 class PolicyTrainer:
@@ -61,6 +69,8 @@ class PolicyTrainer:
         layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
         load_hf(self.models, config.model.path)
+        mode = config.model.routing_replay
+        self.routing_replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
         sharded = config.parallel.distributed_optimizer
         self.chunks = wrap_for_training(self.models, distributed_optimizer=sharded)
         self.optimizer, self.scheduler = build_optimizer(
@@ -76,22 +86,25 @@ class PolicyTrainer:
 
     def train_mini_batch(self, samples: Sequence[Sample]) -> UpdateResult:
         """One optimizer update on ``samples`` (advantages set)."""
-        totals = {
-            "total_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
-            "total_sequences": float(len(samples)),
-        }
+        totals = _totals(samples)
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
+        routings = self._routings(samples, batches, self.routing_replay.of_update) if self.routing_replay else None
         objective = self.objective
         if objective.needs_preparation:
-            objective = search_bounds(objective, self.chunks, batches, head, totals)
+            objective = search_bounds(objective, self.chunks, batches, head, totals, routings)
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False)
+        router_losses = RouterLosses.of_mini_batch(self.config.model, [s.length for s in samples])
+        reports = run_micro_batches(
+            self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses, routings=routings
+        )
         metrics = sum_metrics([report.metrics for report in reports])
+        router_metrics = router_losses.metrics() if router_losses is not None else {}
+        router_metrics |= mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -99,23 +112,48 @@ class PolicyTrainer:
         _, grad_norm, _ = self.optimizer.step()
         if metrics:
             # The loss is a sum of shares already; give it and the update's own numbers the denominator 1.
-            metrics |= {
+            metrics |= router_metrics | {
                 "loss": (metrics["loss"][0], 1.0),
                 "lr": (learning_rate, 1.0),
                 "grad_norm": (float(grad_norm), 1.0),
             }
-        return UpdateResult(metrics, self._by_sample(samples, batches, [report.logprobs for report in reports]))
+        logprobs = self._by_sample(samples, batches, [report.logprobs for report in reports])
+        weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
+        return UpdateResult(metrics, logprobs, weights)
+
+    def compute_old_logprobs(self, samples: Sequence[Sample]) -> tuple[dict[int, np.ndarray], MetricTable]:
+        """Position in ``samples`` -> [response] float32 log pi_old, at the rollout's temperature; and metrics.
+
+        ``samples`` are those of one mini-batch: with routing replay its update goes where this pass went."""
+        batches = self._batches(samples)
+        routings = self._routings(samples, batches, self.routing_replay.of_old_pass) if self.routing_replay else None
+        logprobs = self._logprobs(samples, batches, self.config.rollout.temperature, routings)
+        return logprobs, mismatch_metric("routing_mismatch_engine", routings)
+
+    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
+        """Position in ``samples`` -> [response] float32 log-probs now, under the live routing; each sample is reported
+        by one rank."""
+        return self._logprobs(samples, self._batches(samples), temperature, None)
 
     @torch.no_grad()
-    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
-        """Position in ``samples`` -> [response] float32 log-probs now; each sample is reported by one rank."""
-
+    def _logprobs(
+        self,
+        samples: Sequence[Sample],
+        batches: Sequence[PackedBatch],
+        temperature: float,
+        routings: Sequence[MicroBatchRouting] | None,
+    ) -> dict[int, np.ndarray]:
         def collect(batch: PackedBatch, scores: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return scores[0]
 
-        batches = self._batches(samples)
-        shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
+        head = self._head(temperature)
+        shards = run_micro_batches(self.chunks, batches, head, collect, forward_only=True, routings=routings)
         return self._by_sample(samples, batches, shards)
+
+    def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
+        """[K, K] float64: inner products of the gradients that ``objectives`` have on the mini-batch ``samples``."""
+        head = self._head(self.config.rollout.temperature)
+        return gradient_products(objectives, self.chunks, self._batches(samples), head, _totals(samples)).numpy()
 
     def _by_sample(
         self, samples: Sequence[Sample], batches: Sequence[PackedBatch], shards: Sequence[torch.Tensor]
@@ -150,6 +188,14 @@ class PolicyTrainer:
             whole = pack([samples[i] for i in members], align=align)
             batches.append(whole.shard(self._local(whole.cu_seqlens)).to(self.device))
         return batches
+
+    def _routings(
+        self, samples: Sequence[Sample], batches: Sequence[PackedBatch], of_pass: Callable[..., MicroBatchRouting]
+    ) -> list[MicroBatchRouting]:
+        """One of each micro-batch's; ``of_pass`` is a method of :class:`RoutingReplay`."""
+        ends = [batch.cu_seqlens.cpu() for batch in batches]
+        members = [[samples[i] for i in positions] for positions in self._plan(samples)]
+        return [of_pass(mine, cu, self._local(cu)) for mine, cu in zip(members, ends, strict=True)]
 
     def _local(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return layout.local_indices(cu_seqlens, self.layout.context, layout.cp_rank())
@@ -186,3 +232,11 @@ class PolicyTrainer:
     def load(self, folder: Path) -> None:
         checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
+
+
+def _totals(samples: Sequence[Sample]) -> dict[str, float]:
+    """The denominators of a mini-batch, of what counts; at least 1, so that where nothing does the gradient is zero."""
+    return {
+        "total_tokens": float(max(1, sum(int(s.loss_mask.sum()) for s in samples))),
+        "total_sequences": float(max(1, sum(bool(s.loss_mask.any()) for s in samples))),
+    }

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_vespo.quickstart.problems import (
     make_demonstrations,
@@ -27,10 +27,10 @@ PROBE_PROBLEMS = 256
 DEMONSTRATIONS_PER_PROBLEM = 4
 
 
-def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
+def model_config(vocab_size: int, *, eos_token_id: int, pad_token_id: int) -> Qwen3MoeConfig:
     """Everything a large Qwen3-MoE has (grouped-query attention, q/k norms, untied head), small."""
     return Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -47,8 +47,8 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
         tie_word_embeddings=False,
         # Larger than the 0.02 that suits a hidden size of thousands.
         initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
     )
 
 
@@ -93,7 +93,8 @@ def _build(folder: Path, seed: int, warmup_steps: int) -> None:
 
     tokenizer = train_tokenizer(render_example(d.problem.text, d.response) for d in demonstrations)
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(model_config(tokenizer))
+    config = model_config(len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen3MoeForCausalLM(config)
     probe = make_problems("probe", PROBE_PROBLEMS, seed)
     report = warm_up(model, tokenizer, demonstrations, probe, seed, warmup_steps)
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 
+from megatron_vespo.config.load import ConfigError
 from megatron_vespo.rewards import RewardError, RewardFunction, build_reward
 
 START_TIMEOUT_S = 120.0
@@ -179,7 +180,7 @@ class RewardWorkers:
 def build_reward_or_none(path: str) -> RewardFunction | None:
     try:
         return build_reward(path)
-    except RewardError:
+    except ConfigError:
         return None
 
 

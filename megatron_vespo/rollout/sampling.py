@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,15 @@ import numpy as np
 
 from megatron_vespo.rollout.pool import EnginePool
 from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
+
+
+def group_seeds(run_seed: int, step: int, batch: str, groups: int) -> list[int]:
+    """One seed a prompt group, from the group's place: a resumed run draws what the undisturbed one would have drawn,
+    and batches of other names (training, evaluation) at the same step draw something else."""
+    name = zlib.crc32(batch.encode())
+    sequences = (np.random.SeedSequence([run_seed, step, name, place]) for place in range(groups))
+    return [int(sequence.generate_state(1)[0] & 0x7FFFFFFF) for sequence in sequences]
 
 
 def sample_groups(
@@ -19,13 +28,14 @@ def sample_groups(
     *,
     samples_per_prompt: int,
     batch: str,
-    seed: Sequence[int],
+    seeds: Sequence[int],
     tokenizer: Any,
+    routing: RoutingShape | None = None,
 ) -> list[Sample]:
     """``samples_per_prompt`` responses to each prompt, groups side by side in the order of ``prompts``.
 
-    batch: names the rollout batch in the samples' ids. seed: numbers that, with the prompt's place, make its seed, so
-    that a resumed run draws what the undisturbed one would have drawn.
+    batch: names the rollout batch in the samples' ids. seeds: one a prompt, see :func:`group_seeds`. routing: the
+    model's, where the samples are to come with their routed experts.
     """
     requests = [
         GenerateRequest(
@@ -33,9 +43,10 @@ def sample_groups(
             prompt_tokens=prompt.tokens,
             sampling=sampling,
             n=samples_per_prompt,
-            seed=int(np.random.SeedSequence([*seed, place]).generate_state(1)[0] & 0x7FFFFFFF),
+            seed=seed,
+            routing=routing,
         )
-        for place, prompt in enumerate(prompts)
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     groups = pool.generate(requests)
     return [
@@ -56,4 +67,5 @@ def _sample(name: str, prompt: Prompt, generation: Generation, tokenizer: Any) -
         finish_reason=generation.finish_reason,
         text=tokenizer.decode(generation.tokens, skip_special_tokens=True),
         routed_experts=generation.routed_experts,
+        metadata={"rollout_retries": list(generation.retries)} if generation.retries else {},
     )

@@ -22,8 +22,10 @@ FILE_ENTRY = "file:"
 """Before the path of the file that a bucket lies in, in place of the name of its first tensor."""
 
 
-def engine_weights(kind: Literal["reference", "sglang"], url: str, timeout_s: float) -> EngineWeights:
-    engine = HttpEngine(url, control_timeout_s=timeout_s)
+def engine_weights(
+    kind: Literal["reference", "sglang"], url: str, timeout_s: float, key: str | None = None
+) -> EngineWeights:
+    engine = HttpEngine(url, key=key, control_timeout_s=timeout_s)
     return ReferenceWeights(engine) if kind == "reference" else SglangWeights(engine)
 
 

@@ -80,6 +80,8 @@ class PackedBatch:
     """[T] bool: the label is a response token that counts."""
     segment_ids: torch.Tensor
     """[T] int64: which response."""
+    real: torch.Tensor
+    """[T] bool: a token of a prompt or response, not padding."""
     old_logprobs: torch.Tensor
     """[T] float32, of the labels; 0 where the mask is False."""
     rollout_logprobs: torch.Tensor
@@ -96,6 +98,10 @@ class PackedBatch:
     @property
     def max_seqlen(self) -> int:
         return int(self.cu_seqlens.diff().max())
+
+    def members(self) -> torch.Tensor:
+        """[S, T] bool: the real tokens of each sequence."""
+        return self.real & (self.segment_ids == torch.arange(self.num_segments, device=self.real.device)[:, None])
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -121,7 +127,8 @@ def pack(samples: Sequence[Sample], *, align: int = 1) -> PackedBatch:
     starts = np.concatenate([[0], np.cumsum(padded)])
     total = int(starts[-1])
     tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    mask, segments, versions = np.zeros(total, bool), np.zeros(total, np.int64), np.zeros(total, np.int64)
+    mask, real = np.zeros(total, bool), np.zeros(total, bool)
+    segments, versions = np.zeros(total, np.int64), np.zeros(total, np.int64)
     old, rollout = np.zeros(total, np.float32), np.zeros(total, np.float32)
     for i, sample in enumerate(samples):
         start, length, prompt = int(starts[i]), sample.length, len(sample.prompt.tokens)
@@ -131,6 +138,7 @@ def pack(samples: Sequence[Sample], *, align: int = 1) -> PackedBatch:
         predicts = slice(start + prompt - 1, start + length - 1)
         mask[predicts] = sample.loss_mask
         segments[start : start + padded[i]] = i
+        real[start : start + length] = True
         versions[predicts] = sample.weight_versions
         rollout[predicts] = np.where(sample.loss_mask, sample.rollout_logprobs, 0.0)
         if sample.old_logprobs is not None:
@@ -141,6 +149,7 @@ def pack(samples: Sequence[Sample], *, align: int = 1) -> PackedBatch:
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         mask=torch.from_numpy(mask),
         segment_ids=torch.from_numpy(segments),
+        real=torch.from_numpy(real),
         old_logprobs=torch.from_numpy(old),
         rollout_logprobs=torch.from_numpy(rollout),
         weight_versions=torch.from_numpy(versions),

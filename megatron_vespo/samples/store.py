@@ -23,7 +23,7 @@ FORMAT = 1
 OF_EVERY_SAMPLE = ("response_tokens", "rollout_logprobs", "weight_versions", "loss_mask")
 OF_SOME = ("old_logprobs", "train_logprobs", "routed_experts")
 """Stored where a sample has them; the JSON says which do."""
-SCALARS = ("id", "finish_reason", "text", "reward", "advantage", "trained_version", "metadata")
+SCALARS = ("id", "finish_reason", "text", "grade", "reward", "advantage", "trained_version", "metadata")
 
 
 class StoreError(ValueError):
@@ -62,6 +62,8 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
         if any(having):
             values = [getattr(s, name) for s, has in zip(samples, having, strict=True) if has]
             arrays[name] = _joined(values, values[0].dtype)
+            if name == "routed_experts":
+                arrays["routed_lengths"] = np.array([len(v) for v in values], np.int64)
     rest = {
         "format": FORMAT,
         "prompts": [
@@ -81,6 +83,19 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_newest(folder: Path, tokens: int) -> dict[int, list[Sample]]:
+    """The newest batches under ``folder`` by step, ascending; none older once they have ``tokens`` response tokens.
+
+    Raises :class:`StoreError`.
+    """
+    found: dict[int, list[Sample]] = {}
+    for step in reversed(stored_steps(folder)):
+        if sum(len(sample.response_tokens) for samples in found.values() for sample in samples) >= tokens:
+            break
+        found[step] = read_batch(batch_file(folder, step))
+    return dict(sorted(found.items()))
+
+
 def read_batch(path: Path) -> list[Sample]:
     """The samples that :func:`write_batch` wrote, in order. Raises :class:`StoreError`."""
     try:
@@ -90,19 +105,30 @@ def read_batch(path: Path) -> list[Sample]:
         raise StoreError(f"{path}: not a batch of stored rollouts ({error})") from None
     if rest.get("format") != FORMAT:
         raise StoreError(f"{path}: format {rest.get('format')!r}, and this version reads {FORMAT}; store it anew")
+    try:
+        return _samples(arrays, rest)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path}: a batch of stored rollouts that lacks something ({error!r}); store it anew"
+        ) from None
+
+
+def _samples(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> list[Sample]:
     prompt_tokens = _parted(arrays["prompt_tokens"], arrays["prompt_lengths"])
     prompts = [Prompt(tokens=tokens, **row) for tokens, row in zip(prompt_tokens, rest["prompts"], strict=True)]
     lengths = arrays["response_lengths"]
     samples: list[Sample] = []
     columns = {name: _parted(arrays[name], lengths) for name in OF_EVERY_SAMPLE}
     for i, row in enumerate(rest["samples"]):
-        fields: dict[str, Any] = {name: row[name] for name in SCALARS} | {n: c[i] for n, c in columns.items()}
+        # A field that is younger than the file keeps its default.
+        fields: dict[str, Any] = {n: row[n] for n in SCALARS if n in row} | {n: c[i] for n, c in columns.items()}
         samples.append(Sample(prompt=prompts[row["prompt"]], **fields))
     for name in OF_SOME:
         having = [s for s, has in zip(samples, rest["present"][name], strict=True) if has]
         if having:
-            sizes = [s.length - 1 if name == "routed_experts" else len(s.response_tokens) for s in having]
-            for sample, values in zip(having, _parted(arrays[name], np.array(sizes)), strict=True):
+            of_responses = np.array([len(s.response_tokens) for s in having])
+            sizes = arrays["routed_lengths"] if name == "routed_experts" else of_responses
+            for sample, values in zip(having, _parted(arrays[name], sizes), strict=True):
                 setattr(sample, name, values)
     return samples
 

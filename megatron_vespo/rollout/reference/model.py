@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from megatron_vespo.rollout.reference.precision import Fp8, round_inputs, round_key_values, round_weights
+from megatron_vespo.rollout.reference.routing import Routers
+
 PREFILL_TOKENS = 8192
 """Padded tokens in one prefill or scoring forward; bounds its memory."""
 
@@ -54,9 +57,13 @@ class RowLayer(CacheLayerMixin):
         self.cache = cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.cache.fp8:
+            key_states, value_states = round_key_values(key_states), round_key_values(value_states)
+        rows, sources, positions = self.cache.rows, self.cache.sources, self.cache.positions
+        if not len(rows):  # scoring: nothing is kept
+            return key_states, value_states
         self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        rows, sources, positions = self.cache.rows, self.cache.sources, self.cache.positions
         if positions is None:
             length = key_states.shape[2]
             self.keys[rows, :, :length] = key_states[sources]
@@ -100,7 +107,8 @@ def _resized(old: Tensor, capacity: tuple[int, int]) -> Tensor:
 class RowCache(Cache):
     """Where the next forward writes its keys and values. Rows 0..n-1 are in use; capacities only grow, by doubling."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, fp8: bool = False) -> None:
+        self.fp8 = fp8
         self.row_layers = [RowLayer(self) for _ in range(layers)]
         super().__init__(layers=[*self.row_layers])
         self.row_capacity, self.token_capacity, self.length = 16, 64, 0
@@ -124,12 +132,18 @@ class RowCache(Cache):
 class ReferenceModel:
     """One set of weights. The forward passes return float32 and touch no weights."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, context_length: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, context_length: int | None = None, fp8: Fp8 | None = None
+    ) -> None:
         """Raises ValueError naming the folder where it holds no complete model that this engine can run."""
+        self.fp8 = fp8 or Fp8()
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {folder} holds no config.json; give an HF-format checkpoint folder")
         config = AutoConfig.from_pretrained(folder)
-        self.context_length = _context_length(config.get_text_config(decoder=True), context_length)
+        self.config = config.get_text_config(decoder=True)
+        self.context_length = _context_length(self.config, context_length)
+        if self.fp8.key_values and getattr(self.config, "kv_lora_rank", None):
+            raise ValueError(f"{folder}: this model caches a latent, which the reference engine cannot keep in fp8")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="vespo_reference", output_loading_info=True
         )
@@ -141,12 +155,16 @@ class ReferenceModel:
                 f"checkpoint {folder} lacks or mis-shapes {len(wrong)} tensors, the first: {wrong[0]}; export it again"
             )
         self.module = model.eval().requires_grad_(False)
-        self.config = config.get_text_config(decoder=True)
+        self.routers = Routers(model)
+        if self.fp8.weights:
+            round_weights(self.module)
+        if self.fp8.activations:
+            round_inputs(self.module)
         self.vocab_size: int = self.config.vocab_size
         self.eos_token_ids = _eos_token_ids(folder, self.config)
 
     def new_cache(self) -> RowCache:
-        return RowCache(self.config.num_hidden_layers)
+        return RowCache(self.config.num_hidden_layers, fp8=self.fp8.key_values)
 
     def prefill(self, cache: RowCache, tokens: Tensor, rows: Tensor, sources: Tensor) -> None:
         """Write the keys and values of ``tokens`` [prompts, length] (padded on the right) into the cache.
@@ -166,18 +184,18 @@ class ReferenceModel:
 
     def score(self, tokens: Tensor) -> Tensor:
         """Log-probs [sequences, length - 1] of tokens [sequences, length] given their prefix, at temperature 1."""
-        logits = self._forward(tokens, _causal(tokens), torch.arange(tokens.shape[1])[None], None)
+        logits = self._forward(tokens, _causal(tokens), torch.arange(tokens.shape[1])[None], self.new_cache())
         return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
     def _forward(
-        self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: RowCache | None, logits_to_keep: int = 0
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: RowCache, logits_to_keep: int = 0
     ) -> Tensor:
         output = self.module(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=True,
             logits_to_keep=logits_to_keep,
         )
         return output.logits.float()

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.parameters import parameters_by_hf_name
+from megatron_vespo.rollout.reference.precision import rounded_weight
 from megatron_vespo.weights.buckets import TensorSpec, unpack
 from megatron_vespo.weights.checksum import checksum
-from megatron_vespo.weights.fp8 import SCALE_SUFFIX, dequantise_blocks
+from megatron_vespo.weights.fp8 import SCALE_SUFFIX, dequantise_blocks, is_block_quantised
 from megatron_vespo.weights.groups import BroadcastGroup, connect_store
 from megatron_vespo.weights.transports.shared_memory import map_file
 from megatron_vespo.weights.wire import Arrivals
@@ -37,6 +38,8 @@ class WeightUpdates:
         self._groups: dict[str, BroadcastGroup] = {}
         self._targets: dict[str, torch.Tensor] | None = None
         """HF name -> the live parameter or part of one; None between updates."""
+        self._rounds = False
+        """Whether the engine computes with weights rounded to fp8."""
         self._unscaled: dict[str, torch.Tensor] = {}
         """fp8 values whose scales have not come yet."""
         self._lock = threading.Lock()
@@ -45,6 +48,7 @@ class WeightUpdates:
         """Returns the combined checksum of what is kept for deltas."""
         model = self.generator.begin_update().result()
         self._targets = parameters_by_hf_name(model.module)
+        self._rounds = model.fp8.weights
         return self._arrivals.begin()
 
     def load(self, flat: torch.Tensor, specs: Iterable[TensorSpec]) -> None:
@@ -103,6 +107,8 @@ class WeightUpdates:
             raise ValueError(f"{name}: this model has no such weight")
         if self._targets[name].shape != tensor.shape:
             raise ValueError(f"{name}: came as {list(tensor.shape)}, is {list(self._targets[name].shape)} here")
+        if self._rounds and is_block_quantised(name):
+            tensor = rounded_weight(tensor)  # what is kept for deltas is not
         self._targets[name].copy_(tensor)
 
 
@@ -149,10 +155,6 @@ class VersionBody(Body):
 
 def weight_routes(updates: WeightUpdates) -> APIRouter:
     router = APIRouter()
-
-    @router.get("/server_info")
-    def server_info() -> JSONResponse:
-        return JSONResponse({"tp_size": 1})
 
     @router.post("/begin_weight_update")
     async def begin_weight_update() -> JSONResponse:

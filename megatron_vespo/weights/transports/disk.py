@@ -14,6 +14,10 @@ from megatron_vespo.weights.save import CHECKSUM_FILE, save_hf_folder
 from megatron_vespo.weights.sync import EngineWeights, SyncReport, on_each, prove
 
 
+def version_folder(folder: Path, version: int) -> Path:
+    return folder / f"version_{version:06d}"
+
+
 class DiskTransport:
     """Writes each version as an HF folder, best in memory that the engines share (/dev/shm)."""
 
@@ -34,7 +38,7 @@ class DiskTransport:
 
     def publish(self, version: int, tensors: Iterable[Named]) -> SyncReport:
         start = time.perf_counter()
-        target = self.folder / f"version_{version:06d}"
+        target = version_folder(self.folder, version)
         save_hf_folder(tensors, target, self.source_folder, self.bucket_bytes)
         sent = {
             name: entry["checksum"]

@@ -1,0 +1,29 @@
+"""The routers' losses by plain loops over sequences, layers and tokens (docs/router_losses.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def router_reference(router_logits: Sequence[Sequence[torch.Tensor]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """z-loss (arXiv 2202.08906, eq. 5) and sequence-wise balance loss (arXiv 2412.19437, eq. 17-20), unweighted, added
+    over the layers; scalars with grad.
+
+    router_logits: for each sequence of the mini-batch, for each MoE layer, [T, E]: what transformers' MoE models return
+    as ``router_logits`` when called with ``output_router_logits=True`` on that sequence alone.
+    """
+    z_losses, balance_losses = [], []
+    for layers in router_logits:
+        for logits in layers:
+            tokens, experts = logits.shape
+            scores = logits.softmax(-1)
+            for token in logits:
+                z_losses.append(token.exp().sum().log() ** 2)
+            for expert in range(experts):
+                chosen = sum(expert in token.topk(topk).indices.tolist() for token in scores)
+                f = experts / (topk * tokens) * chosen
+                balance_losses.append(f * scores[:, expert].mean())
+    total_tokens = sum(len(layers[0]) for layers in router_logits)
+    return torch.stack(z_losses).sum() / total_tokens, torch.stack(balance_losses).sum() / len(router_logits)
