@@ -206,10 +206,10 @@ def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path, how: str) -> 
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     else:
         process.send_signal(signal.SIGTERM if how == "terminated" else signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == (-signal.SIGKILL if how == "killed" else 130), err
-    wait_until(lambda: not processes_about(str(tmp_path)), 40, "all processes ended")
-    wait_until(lambda: not any(running(pid) for pid in family), 40, "Ray's own ended too")
+    wait_until(lambda: not processes_about(str(tmp_path)), 120, "all processes ended")
+    wait_until(lambda: not any(running(pid) for pid in family), 120, "Ray's own ended too")
 
 
 def broken_data(folder: Path) -> list[str]:
