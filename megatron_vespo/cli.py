@@ -110,13 +110,14 @@ def _train(options: argparse.Namespace) -> int:
         return 0
 
     from megatron_vespo.cluster.ray_cluster import ClusterError
-    from megatron_vespo.loop.run import SyncError, open_run
+    from megatron_vespo.loop.run import open_run
     from megatron_vespo.loop.synchronous import train
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
     from megatron_vespo.samples.dataset import DataError
+    from megatron_vespo.weights.sync import SyncError
 
     try:
         with open_run(resolved) as run:

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from megatron_vespo.samples.records import RoutingShape
+
 VOCABULARY = 150
 EOS = 2
+ROUTING = RoutingShape(layers=2, moe_layers=(0, 1), topk=2, experts=8)
 
 
 def save_checkpoint(folder: Path, seed: int, **changes: object) -> Path:
@@ -54,3 +57,10 @@ def plain_logprobs(
     tokens = torch.tensor(np.concatenate([prompt, response]), dtype=torch.long)
     logprobs = (model(tokens[None]).logits[0].double() / temperature).log_softmax(-1)
     return logprobs[len(prompt) - 1 : -1].gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
+
+
+@torch.no_grad()
+def plain_routing(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """[tokens, MoE layers, topk]: the experts of the largest router logits, the largest first."""
+    logits = model(torch.tensor(tokens, dtype=torch.long)[None], output_router_logits=True).router_logits
+    return torch.stack([layer.topk(ROUTING.topk).indices for layer in logits], 1).numpy()

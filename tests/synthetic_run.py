@@ -37,6 +37,7 @@ def step_record(step: int, steps: int, rng: np.random.Generator) -> dict[str, An
         **{"loss": rng.normal(0, 0.05), "grad_norm": 1.2 + rng.gamma(2, 0.2), "lr": 1e-4},
         **{"w/mean": 1 + rng.normal(0, 0.02), "w/ess": 0.97 - rng.gamma(2, 0.01)},
         **health_metrics(weigh_trained(build_objective("vespo"), rollouts(step, 40))),
+        **{"routing_mismatch_engine": 0.02 + 0.002 * rng.random(), "routing_mismatch_update": 0.03 + 0.02 * done},
         **{"staleness_mean": 1.5, "staleness_max": 3, "rollout_logprob_diff": 2e-6 * rng.gamma(5, 0.2)},
         **{"mismatch/kl": 1e-9 * rng.normal(), "mismatch/max": 2e-5 * rng.gamma(5, 0.2)},
         **{"mismatch/ppl_ratio": 1.0, "mismatch/ppl_ratio/p05": 1 - 1e-6, "mismatch/ppl_ratio/p95": 1 + 1e-6},

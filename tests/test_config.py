@@ -35,6 +35,16 @@ def test_the_resolved_file_loads_to_the_same_run(tmp_path):
     assert again.run == resolved.run
 
 
+def test_an_engine_flag_may_be_set_by_its_dotted_name(tmp_path):
+    path = write(tmp_path, MINIMAL + "rollout:\n  engine_args: {mem-fraction-static: 0.8, enable-metrics: true}\n")
+    nested = "rollout.engine_args.json-model-override-args.rope_theta=1000000"
+    resolved = load_config(path, ["rollout.engine_args.tp-size=2", nested, "rollout.engine_args.lora-paths=[a, b]"])
+    assert resolved.run.rollout.engine_args == {
+        **{"mem-fraction-static": 0.8, "enable-metrics": True, "tp-size": 2, "lora-paths": ["a", "b"]},
+        "json-model-override-args": {"rope_theta": 1000000},
+    }
+
+
 @pytest.mark.parametrize(
     "text,overrides,expected",
     [

@@ -11,7 +11,7 @@ from rollout_checkpoints import load_plain, plain_logprobs, save_checkpoint
 
 from megatron_vespo.rollout import GenerateRequest, Generation, SamplingParams, launch_engine
 from megatron_vespo.rollout.episodes import Episode, EpisodeError, play_groups
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 
 PROMPTS = [Prompt("a", np.array([5, 6], np.int32), "", ""), Prompt("b", np.array([7], np.int32), "", "")]
 TOOL = [90, 91, 92]
@@ -41,7 +41,10 @@ class Counting:
         tokens = np.arange(10, 10 + count, dtype=np.int32)
         versions = np.full(count, calls, np.int32)
         reason = "stop" if count < request.sampling.max_tokens else "length"
-        return [[Generation(tokens, -0.1 * tokens.astype(np.float32), versions, reason)]]
+        routed = None
+        if request.routing is not None:
+            routed = np.full((len(request.prompt_tokens) + count - 1, 2, 2), calls, np.uint8)
+        return [[Generation(tokens, -0.1 * tokens.astype(np.float32), versions, reason, routed)]]
 
 
 def two_turns(episode: Episode) -> None:
@@ -51,7 +54,9 @@ def two_turns(episode: Episode) -> None:
         episode.sample()
 
 
-def played(play: object, max_tokens: int = 20, engine: object = None, n: int = 1) -> list[Sample]:
+def played(
+    play: object, max_tokens: int = 20, engine: object = None, n: int = 1, routing: RoutingShape | None = None
+) -> list[Sample]:
     return play_groups(
         engine or Counting(),  # type: ignore[arg-type]
         PROMPTS[:1] if n == 1 else PROMPTS,
@@ -61,7 +66,20 @@ def played(play: object, max_tokens: int = 20, engine: object = None, n: int = 1
         batch="0/train",
         seeds=[1, 2][: 1 if n == 1 else 2],
         tokenizer=Tokens(),
+        routing=routing,
     )
+
+
+def test_tokens_keep_the_routing_of_the_turn_that_first_computed_them() -> None:
+    shape = RoutingShape(layers=2, moe_layers=(0, 1), topk=2, experts=8)
+    (sample,) = played(two_turns, routing=shape)
+    assert sample.routed_experts is not None
+    # Prompt and first turn but its last token; then that, the tool's answer, and the second turn but its last.
+    assert sample.routed_experts[:, 1, 1].tolist() == [1] * (2 + 3) + [2] * (1 + 3 + 3)
+    assert len(sample.routed_experts) == sample.length - 1
+    (short,) = played(two_turns, max_tokens=6, routing=shape)  # ends with the tool's answer, which goes nowhere
+    assert short.routed_experts is not None and len(short.routed_experts) == 2 + 3
+    assert played(two_turns)[0].routed_experts is None
 
 
 def test_the_environments_tokens_are_context_and_not_trained_on() -> None:

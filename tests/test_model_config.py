@@ -69,8 +69,6 @@ def test_the_moe_fields_follow_the_checkpoint() -> None:
     assert (settings.num_moe_experts, settings.moe_router_topk, settings.moe_ffn_hidden_size) == (8, 2, 24)
     assert not settings.moe_router_pre_softmax
     assert transformer_config(tiny_config("moe_unnormalised"), MODEL, layout).moe_router_pre_softmax
-    assert not settings.moe_enable_routing_replay
-    assert transformer_config(tiny_config("moe"), MODEL, layout, routing_replay=True).moe_enable_routing_replay
     assert (settings.moe_router_load_balancing_type, settings.moe_aux_loss_coeff) == ("none", 0.0)
     assert num_experts(tiny_config("moe")) == 8 and num_experts(tiny_config("dense")) == 0
 

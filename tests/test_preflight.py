@@ -1,10 +1,18 @@
 """``--dry-run`` on the shipped configs: resolved, checked and planned on a machine that has none of their files."""
 
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from tiny_run import make_run
 
 from megatron_vespo.cli import main
+from megatron_vespo.config.load import ConfigError, load_config
+from megatron_vespo.loop.preflight import check_run
+from megatron_vespo.rollout.process import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +38,48 @@ def test_a_real_run_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(ROOT)
     assert main(["train", "model_configs/qwen3_8b_vespo.yaml"]) == 2
     assert "model.path = checkpoints/Qwen3-8B-Base" in capsys.readouterr().err
+
+
+class ServerInfo(BaseHTTPRequestHandler):
+    """An engine that someone launched without --enable-return-routed-experts."""
+
+    def do_GET(self) -> None:
+        assert self.path == "/server_info"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"enable_return_routed_experts": False}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def engine_without_routing() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), ServerInfo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_routing_replay_needs_experts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    for mode in ("r2", "r3", "both"):
+        assert main(["train", "model_configs/qwen3_8b_vespo.yaml", f"model.routing_replay={mode}", "--dry-run"]) == 2
+        assert f"model.routing_replay = {mode}, but the model (qwen3) has no experts" in capsys.readouterr().err
+
+
+def test_r3_needs_engines_that_return_their_routing(tmp_path: Path, engine_without_routing: str) -> None:
+    config, nobody = make_run(tmp_path), f"http://127.0.0.1:{free_port()}"
+    refused = {
+        f"rollout.urls=[{engine_without_routing}]": f"{engine_without_routing} .*does not return it; launch it with",
+        f"rollout.urls=[{nobody}]": f"rollout.urls: {nobody} is unreachable",
+        "rollout.engine_args={enable_return_routed_experts: false}": "rollout.engine_args turns",
+    }
+    for override, message in refused.items():
+        with pytest.raises(ConfigError, match=message):
+            check_run(load_config(config, ["model.routing_replay=r3", override]).run)
+        check_run(load_config(config, ["model.routing_replay=r2", override]).run)
+    check_run(load_config(config, ["model.routing_replay=both"]).run)
 
 
 def test_router_losses_are_refused_for_a_dense_model(

@@ -37,7 +37,7 @@ def make_samples() -> list[Sample]:
                 old_logprobs=floats[1] if i != 2 else None,
                 train_logprobs=floats[2] if i == 3 else None,
                 trained_version=i if i == 3 else None,
-                routed_experts=rng.integers(0, 8, (len(prompt.tokens) + length - 1, 2, 2)).astype(np.int32),
+                routed_experts=rng.integers(0, 8, (len(prompt.tokens) + length - 1 - i, 2, 2)).astype(np.uint8),
                 metadata={"reward_error": "late"} if i == 1 else {},
             )
         )

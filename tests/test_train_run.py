@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import make_checkpoint, make_run, processes_about, records, start, train, wait_until, write_problems
+from tiny_run import (
+    descendants,
+    make_checkpoint,
+    make_run,
+    processes_about,
+    records,
+    running,
+    start,
+    train,
+    wait_until,
+    write_problems,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.cli import main
@@ -113,31 +125,91 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(finished: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
-    config = make_run(tmp_path, train={"steps": 500})
-    process = start(config)
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 90, "first step")
-    engines = [pid for pid in processes_about(str(tmp_path)) if is_engine(pid)]
-    assert engines
-    for pid in engines:
-        os.kill(pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "error: http://127.0.0.1:" in err and "Traceback" not in err
-    wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+@pytest.mark.parametrize("mode", ["r2", "r3"])
+def test_routing_is_replayed_through_a_run(tmp_path: Path, mode: str) -> None:
+    model = {"routing_replay": mode, "router_z_loss": 0.01}
+    config = make_run(tmp_path, model=model, train={"steps": 2}, checkpoint={"export_hf": False})
+    code, out, err = train(config)
+    assert code == 0, out + err
+    for record in steps(tmp_path):
+        assert record["rollout_logprob_diff"] < 1e-5
+        # In float32 engine and trainer agree; the second update of a step finds its router moved.
+        assert record.get("routing_mismatch_engine", -1.0) == (-1.0 if mode == "r2" else 0.0)
+        assert 0 < record["routing_mismatch_update"] < 0.5 and record["router_z_loss"] > 0
+    samples = read_batch(batch_file(tmp_path / "run" / "rollouts", 2))
+    for s in samples:
+        if mode == "r2":
+            assert s.routed_experts is None
+        else:
+            assert s.routed_experts.shape == (s.length - 1, 2, 2) and s.routed_experts.dtype == np.uint8
 
 
 def is_engine(pid: int) -> bool:
     return "megatron_vespo.rollout.reference" in Path(f"/proc/{pid}/cmdline").read_text()
 
 
-def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
-    process = start(make_run(tmp_path, train={"steps": 500}))
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 90, "first step")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+def is_engine_host(pid: int) -> bool:
+    return "EngineHost" in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def is_ray_agent(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_text().startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+
+
+def kill_those(folder: Path, which: Callable[[int], bool]) -> None:
+    pids = [pid for pid in processes_about(str(folder)) if which(pid)]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("transport", ["disk", "shared_memory"])
+def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
+    finished: Path, tmp_path: Path, transport: str
+) -> None:
+    config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
+    process = start(config, f"sync.transport={transport}")
+    log = tmp_path / "run" / "logs" / "rollout.log"
+    wait_until(lambda: len(records(tmp_path / "run")) > 0, 120, "first evaluation")
+    kill_those(tmp_path, is_engine)
+    wait_until(lambda: log.read_text().count("runs again") == 1, 120, "first restart")
+    kill_those(tmp_path, is_engine_host)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    assert log.read_text().count("runs again") == 2 and "engine-0.log" in log.read_text()
+    assert sum(record.get("engine_restarts", 0) for record in steps(tmp_path)) == 2
+    for name in ("reward", "loss", "grad_norm", "w/mean", "response_length", "entropy"):
+        assert [r[name] for r in steps(tmp_path)] == [r[name] for r in steps(finished)], name
+    ours, theirs = (load_file(folder / "run" / "hf" / "model.safetensors") for folder in (tmp_path, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+
+
+def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
+    process = start(make_run(tmp_path, train={"steps": 500}), "rollout.max_restarts=0")
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
+    kill_those(tmp_path, is_engine)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: http://127.0.0.1:" in err and "end of" in err and "engine-0.log" in err and "Traceback" not in err
+    wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
+
+
+@pytest.mark.parametrize("how", ["terminated", "ctrl-c", "killed"])
+def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path, how: str) -> None:
+    process = start(make_run(tmp_path, train={"steps": 500}), new_session=True)
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
+    # After a kill -9 two helpers of Ray's try for a minute or two to tell its dead head so, and then end too.
+    family = {pid for pid in descendants(process.pid) if not (how == "killed" and is_ray_agent(pid))}
+    assert len(family) > 6, "Ray, two ranks, a host and its engine, a grader"
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    else:
+        process.send_signal(signal.SIGTERM if how == "terminated" else signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == (-signal.SIGKILL if how == "killed" else 130), err
+    wait_until(lambda: not processes_about(str(tmp_path)), 120, "all processes ended")
+    wait_until(lambda: not any(running(pid) for pid in family), 120, "Ray's own ended too")
 
 
 def broken_data(folder: Path) -> list[str]:

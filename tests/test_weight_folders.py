@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vespo.weights.checksum import checksum
 from megatron_vespo.weights.save import CHECKSUM_FILE, save_hf_folder
-from megatron_vespo.weights.sync import DiskTransport
+from megatron_vespo.weights.transports.disk import DiskTransport
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_a_checksum_sees_bits_dtype_and_shape() -> None:
 
 
 def test_the_disk_transport_keeps_the_newest_versions(source: Path, tmp_path: Path) -> None:
-    transport = DiskTransport(tmp_path / "sync", source, keep=2)
+    transport = DiskTransport([], tmp_path / "sync", source, keep=2)
     for version in range(4):
-        assert transport.publish(version, stream(source)) == tmp_path / "sync" / f"version_{version:06d}"
+        transport.publish(version, stream(source))
     assert sorted(p.name for p in (tmp_path / "sync").iterdir()) == ["version_000002", "version_000003"]
 
 
 def test_a_run_set_back_to_a_checkpoint_publishes_over_its_later_versions(source: Path, tmp_path: Path) -> None:
-    transport = DiskTransport(tmp_path / "sync", source, keep=2)
+    transport = DiskTransport([], tmp_path / "sync", source, keep=2)
     for version in (8, 9, 10):
         transport.publish(version, stream(source))
     transport.publish(9, [("changed", torch.ones(1))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -87,7 +88,7 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(config: Path, *overrides: str, new_session: bool = False) -> subprocess.Popen[str]:
     """``megatron-vespo train`` in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -96,10 +97,11 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_session,
     )
 
 
-def train(config: Path, *overrides: str, timeout_s: float = 180) -> tuple[int, str, str]:
+def train(config: Path, *overrides: str, timeout_s: float = 400) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a whole run."""
     process = start(config, *overrides)
     try:
@@ -127,6 +129,30 @@ def processes_about(text: str) -> list[int]:
             if mentions:
                 found.append(int(entry.name))
     return found
+
+
+def descendants(parent: int) -> set[int]:
+    """Pids of all processes below ``parent``."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(above, []).append(int(entry.name))
+    found: set[int] = set()
+    waiting = [parent]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found.update(below)
+        waiting += below
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def wait_until(condition: Any, timeout_s: float, what: str) -> None:

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +18,16 @@ import ray
 from ray.exceptions import RayError
 
 from megatron_vespo import platform
-from megatron_vespo.cluster.process_log import redirect_output
-from megatron_vespo.cluster.ray_cluster import ClusterError
+from megatron_vespo.cluster.process_log import redirect_output, tail
+from megatron_vespo.cluster.ray_cluster import ClusterError, spans_nodes
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.rollout import HttpEngine, launch_engine
-from megatron_vespo.rollout.pool import EnginePool
+from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
+from megatron_vespo.rollout.health import wait_until_ready
+from megatron_vespo.rollout.launch import LOOPBACK, flag_names
+
+LOGGER = "megatron_vespo.rollout"
+SAY_EVERY_S = 15.0
+PLACEMENT_TIMEOUT_S = 120.0
 
 
 class EngineHost:
@@ -25,16 +38,25 @@ class EngineHost:
         self.log_file = log_file
         self.engine: HttpEngine | None = None
 
-    def launch(self, config: RunConfig, model_path: Path, index: int) -> str:
+    def launch(self, config: RunConfig, index: int, weights: ServedWeights, key: str | None) -> str:
+        """Its address, once it is ready. With a ``key`` the engine listens on this node's address."""
         rollout = config.rollout
+        flags = flag_names(rollout.engine_args)
+        flags.pop("model-path", None)  # what it is launched from at first; a restart launches newer weights
         self.engine = launch_engine(
             rollout.engine,
-            model_path,
+            weights.folder,
+            weight_version=weights.version,
             precision=rollout.precision,
             log_file=self.log_file,
-            engine_args=dict(rollout.engine_args),
+            host=ray.util.get_node_ip_address() if key else LOOPBACK,
+            key=key,
+            engine_args=flags,
+            routed_experts=config.model.replays_engine_routing,
             seed=config.seed + index,
             launch_timeout_s=rollout.launch_timeout_s,
+            warmup_tokens=rollout.warmup_tokens,
+            say=print,
         )
         return self.engine.url
 
@@ -44,28 +66,143 @@ class EngineHost:
 
 
 class EngineGroup:
-    """The engines of a run, as one pool. Raises :class:`ClusterError` when one cannot be launched."""
+    """The engines of a run, as one pool. Raises :class:`ClusterError` when one cannot be launched or reached.
+
+    On one machine engines listen on loopback. Where the cluster has other nodes they listen on their node's address,
+    and want a key that is made anew for each run and kept in no file.
+    """
 
     def __init__(self, config: RunConfig, logs: Path) -> None:
-        rollout = config.rollout
-        gpus = float(rollout.engine_args.get("tp-size", 1)) * platform.current().accelerators_per_rank
-        self.hosts: list[Any] = []
-        urls = list(rollout.urls)
-        if not urls:
-            host = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(EngineHost)
-            self.hosts = [host.remote(logs.resolve() / f"engine-{i}.log") for i in range(rollout.engines)]
-            try:
-                urls = ray.get(
-                    [h.launch.remote(config, config.model.path.resolve(), i) for i, h in enumerate(self.hosts)]
-                )
-            except RayError as error:
-                self.close()
-                raise ClusterError(f"rollout engine: {getattr(error, 'cause', None) or error}") from None
-        self.pool = EnginePool([HttpEngine(url, request_timeout_s=rollout.request_timeout_s) for url in urls])
+        self.config = config
+        self.logs = [logs.resolve() / f"engine-{i}.log" for i in range(config.rollout.engines)]
+        self._log = _log_to(logs / "rollout.log")
+        self._hosts: list[Any] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self.key: str | None = None
+        """What the engines want as a bearer token."""
+        try:
+            self.pool = self._attached() if config.rollout.urls else self._launched()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        for host in self.hosts:
-            with contextlib.suppress(RayError):  # a dead one is what was wanted
-                ray.get(host.shutdown.remote(), timeout=30)
-            ray.kill(host)
-        self.hosts = []
+        """End every engine that was launched here."""
+        with self._lock:
+            self._closed = True
+        if hasattr(self, "pool"):
+            self.pool.close()
+        for host in self._hosts:
+            _end(host)
+        self._hosts = []
+        for handler in self._log:
+            logging.getLogger(LOGGER).removeHandler(handler)
+
+    # --- rollout.restart's Launcher --------------------------------------------------------------------------------
+
+    def relaunch(self, index: int, weights: ServedWeights) -> HttpEngine:
+        _end(self._hosts[index])
+        with self._lock:
+            if self._closed:
+                raise EngineError("the run is ending")
+            self._hosts[index] = self._host(index)
+        try:
+            return self._engine(self._wait([self._launch(index, weights)])[0])
+        except ClusterError as error:
+            raise EngineError(str(error)) from error
+
+    def post_mortem(self, index: int) -> str:
+        return f"--- end of {self.logs[index]}\n{tail(self.logs[index])}"
+
+    # --- starting --------------------------------------------------------------------------------------------------
+
+    def _launched(self) -> EnginePool:
+        self.key = secrets.token_urlsafe(32) if spans_nodes(self.config) else None
+        self._hosts = [self._host(index) for index in range(self.config.rollout.engines)]
+        path = flag_names(self.config.rollout.engine_args).get("model-path", self.config.model.path)
+        weights = ServedWeights(Path(path).resolve(), 0)
+        urls = self._wait([self._launch(index, weights) for index in range(len(self._hosts))])
+        engines = [self._engine(url) for url in urls]
+        return EnginePool(engines, launcher=self, weights=weights, patience=_patience(self.config))
+
+    def _attached(self) -> EnginePool:
+        rollout = self.config.rollout
+        self.key = os.environ[rollout.urls_key_env] if rollout.urls_key_env else None
+        engines = [self._engine(url) for url in rollout.urls]
+        for engine in engines:
+            try:
+                wait_until_ready(engine.url, rollout.launch_timeout_s, say=logging.getLogger(LOGGER).info)
+                engine.weight_version()  # it takes our key, and its versions are counts
+            except EngineError as error:
+                raise ClusterError(f"rollout.urls: {error}") from None
+        return EnginePool(engines, patience=_patience(self.config))
+
+    def _engine(self, url: str) -> HttpEngine:
+        return HttpEngine(url, key=self.key, request_timeout_s=self.config.rollout.request_timeout_s)
+
+    def _host(self, index: int) -> Any:
+        gpus = float(_ranks(flag_names(self.config.rollout.engine_args)) * platform.current().accelerators_per_rank)
+        return ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(EngineHost).remote(self.logs[index])
+
+    def _launch(self, index: int, weights: ServedWeights) -> Any:
+        return self._hosts[index].launch.remote(self.config, index, weights, self.key)
+
+    def _wait(self, launches: list[Any]) -> list[str]:
+        """The addresses; says now and then what is waited for. Raises ClusterError."""
+        logger = logging.getLogger(LOGGER)
+        started = time.monotonic()
+        deadline = started + self.config.rollout.launch_timeout_s + PLACEMENT_TIMEOUT_S
+        waiting = launches
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=SAY_EVERY_S)
+            try:
+                ray.get(done)
+            except RayError as error:
+                raise ClusterError(f"rollout engine: {getattr(error, 'cause', None) or error}") from None
+            if waiting and time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{len(waiting)} rollout engines found no place in the cluster, which has "
+                    f"{ray.cluster_resources()}; lower rollout.engines, or free the cluster"
+                )
+            if waiting:
+                logger.info("%d engines are starting, after %.0f s", len(waiting), time.monotonic() - started)
+        return ray.get(launches)
+
+
+def _patience(config: RunConfig) -> Patience:
+    rollout = config.rollout
+    return Patience(
+        in_flight=rollout.in_flight,
+        request_timeout_s=rollout.request_timeout_s,
+        request_retries=rollout.request_retries,
+        hang_timeout_s=rollout.hang_timeout_s,
+        max_restarts=rollout.max_restarts,
+    )
+
+
+def _ranks(flags: Mapping[str, Any]) -> int:
+    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
+    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
+    if not flags.get("enable-dp-attention"):
+        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
+    return math.prod(int(size) for size in sizes)
+
+
+def _end(host: Any) -> None:
+    with contextlib.suppress(RayError):  # a dead one is what was wanted
+        ray.get(host.shutdown.remote(), timeout=30)
+    ray.kill(host)
+
+
+def _log_to(file: Path) -> list[logging.Handler]:
+    """What happens to engines is told on the screen and kept in a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger(LOGGER)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handlers: list[logging.Handler] = [logging.FileHandler(file), logging.StreamHandler(sys.stderr)]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(handler)
+    return handlers

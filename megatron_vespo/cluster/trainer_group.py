@@ -17,10 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ClusterError
+from megatron_vespo.cluster.weight_sender import WeightSender
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
+from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable, stacked
+from megatron_vespo.weights.sync import SyncError, SyncReport
 
 PLACEMENT_DEADLINE_S = 120
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -53,6 +56,10 @@ class TrainerRank:
             timeout=COLLECTIVE_TIMEOUT,
         )
         self.trainer = PolicyTrainer(config)
+        self.sender = WeightSender(config) if rank == 0 else None
+
+    def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport | None:
+        return self.trainer.publish(self.sender.to(urls, key) if self.sender else None, version)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.trainer, method)(*arguments)
@@ -99,6 +106,8 @@ class TrainerGroup:
             except RayError as error:
                 rank = calls.index(done[0])
                 cause = getattr(error, "cause", None) or error
+                if isinstance(cause, EngineError | SyncError):
+                    raise cause from None  # not the rank's own failure
                 raise ClusterError(
                     f"trainer rank {rank} failed: {cause}\n--- end of {self.logs[rank]}\n{tail(self.logs[rank])}"
                 ) from cause
@@ -119,6 +128,13 @@ class TrainerGroup:
         logprobs = _in_order([result.logprobs for result in results])
         return metrics, logprobs, stacked([result.weights for result in results])
 
+    def compute_old_logprobs(
+        self, mini_batch: Sequence[Sample]
+    ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
+        """What the next update of ``mini_batch`` starts from. (metrics, [response] float32 log pi_old of each)."""
+        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)))
+        return results[0][1], _in_order([logprobs for logprobs, _ in results])
+
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
         return _in_order(self._all("compute_logprobs", ray.put(list(samples)), temperature))
@@ -127,9 +143,9 @@ class TrainerGroup:
         """[K, K] float64: inner products of the objectives' gradients on a mini-batch, over all parameters."""
         return self._all("gradient_products", ray.put(list(samples)), list(objectives))[0]
 
-    def publish(self, folder: Path, version: int) -> Path:
-        """Write the current weights for the engines; returns the folder to load."""
-        return self._all("publish", folder, version)[0]
+    def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport:
+        """Bring the engines at ``urls``, which want ``key``, to the current weights. Raises SyncError, EngineError."""
+        return self._gather([actor.publish.remote(version, urls, key) for actor in self.ranks])[0]
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
         self._all("save", folder.resolve(), driver_state)

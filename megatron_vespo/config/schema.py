@@ -34,12 +34,19 @@ class ModelConfig(Section):
     """Log-probs from hidden states tile by tile, or through the logits of a whole micro-batch (same numbers)."""
     router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the MoE router's logits; None keeps the model's."""
+    routing_replay: Literal["none", "r2", "r3", "both"] = "none"
+    """Which experts tokens go to in the update: r2, those of the old-log-prob pass; r3, the engine's, in the
+    old-log-prob pass too; both, the engine's where it gave them and r2's elsewhere (docs/routing_replay.md)."""
     router_z_loss: NonNegativeFloat = 0.0
     """Weight of the routers' z-loss: the square of the log-sum-exp of a token's router logits, added over the MoE
     layers, mean over the mini-batch's tokens (prompts too)."""
     router_balance_loss: NonNegativeFloat = 0.0
     """Weight of load balancing by sequence: number of experts times the sum over them of (share of the sequence's
     routed tokens) x (mean probability), 1 where even; added over the MoE layers, mean over the sequences."""
+
+    @property
+    def replays_engine_routing(self) -> bool:
+        return self.routing_replay in ("r3", "both")
 
     @property
     def has_router_losses(self) -> bool:
@@ -105,7 +112,9 @@ class RolloutConfig(Section):
     engines: PositiveInt = 1
     """How many of it."""
     urls: tuple[str, ...] = ()
-    """Engines that someone else started; none is launched then."""
+    """Engines that someone else started; none is launched then, and none restarted."""
+    urls_key_env: str | None = None
+    """Name of the environment variable that holds the key of the engines in urls; None: they want none."""
     precision: Literal["fp32", "bf16", "fp8", "fp8_kv"] = "bf16"
     """Precision the engine computes in. fp8: weights in blocks of 128 x 128, on a GPU activations too; fp8_kv: the KV
     cache alone. On a CPU the reference engine rounds to it (docs/precision.md)."""
@@ -127,12 +136,23 @@ class RolloutConfig(Section):
     """Under dynamic sampling: prompts asked for in a round, over those still missing."""
     max_rounds: PositiveInt = 8
     """Under dynamic sampling: rounds after which groups without spread fill what is still missing."""
-    request_timeout_s: PositiveFloat = 600
-    """Seconds without an answer after which a request counts as hung."""
+    request_timeout_s: PositiveFloat = 1800
+    """Seconds an engine may take over a request before it is cut there and continued, on whichever engine has room."""
+    request_retries: NonNegativeInt = 3
+    """How often a request is sent again, after its engine died, hung or took too long, before the run ends."""
+    in_flight: PositiveInt = 512
+    """Responses an engine is given at a time, where there are several; the rest wait for the first that has room."""
     launch_timeout_s: PositiveFloat = 600
-    """Seconds an engine may take until it answers its health check."""
+    """Seconds an engine may take to load, compile and warm up; it is never ended for that before."""
+    warmup_tokens: NonNegativeInt = 8
+    """Tokens generated before an engine counts as launched, so that it has compiled its kernels by then; 0: none."""
+    hang_timeout_s: PositiveFloat = 300
+    """Seconds without a sign of life after which an engine with work counts as hung. Longer than its longest step."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts in a row of an engine that died or hangs before the run ends; 0: none, the run ends at once."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Further flags for the engine's command line, passed through: {tp-size: 2}."""
+    """Further flags for the engine's command line, passed through: {tp-size: 2}. True: a bare flag; a list: several
+    values; a mapping: JSON."""
 
 
 class DataConfig(Section):
@@ -204,8 +224,14 @@ class CheckpointConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["disk"] = "disk"
-    """How weights reach the engines."""
+    transport: Literal["disk", "broadcast", "shared_memory"] = "disk"
+    """How weights reach the engines: through a folder, over the network to all at once, in memory of one machine."""
+    delta: bool = False
+    """Send only what changed since the last sync (broadcast, shared_memory); keeps a copy at both ends."""
+    bucket_mb: PositiveInt = 512
+    """MiB sent at a time, which is what the sender holds beside one whole tensor."""
+    timeout_s: PositiveFloat = 120
+    """Seconds that the engines may take to join a broadcast, and a bucket to reach them."""
     folder: Path | None = None
     """Where the disk transport writes; None: shared memory (/dev/shm) if there is room, else the run directory."""
     probe_tolerance: PositiveFloat | None = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
@@ -14,7 +17,10 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rollout import HttpEngine
+from megatron_vespo.rollout.launch import flag_names
 from megatron_vespo.rollout.precision import refusal
+from megatron_vespo.rollout.protocol import EngineError
 
 GIB = 1 << 30
 
@@ -55,7 +61,10 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     _check_counts(config, hf_config)
+    _check_routing_replay(config, hf_config, ask_engines=not dry_run)
     layout = _check_layout(config, hf_config)
+    _check_engines(config)
+    _check_sync(config)
     try:
         check_router_losses(hf_config, config.model)
         objective_of(config)
@@ -76,6 +85,19 @@ def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
     return hf_config, _check_layout(config, hf_config)
+
+
+def _check_engines(config: RunConfig) -> None:
+    rollout = config.rollout
+    try:
+        flag_names(rollout.engine_args)
+    except EngineError as error:
+        raise ConfigError(str(error)) from None
+    if rollout.urls_key_env is not None and not os.environ.get(rollout.urls_key_env):
+        raise ConfigError(
+            f"rollout.urls_key_env = {rollout.urls_key_env!r}: no such environment variable is set; "
+            "export the engines' key in it, or leave the field out"
+        )
 
 
 def _absent_model(config: RunConfig) -> list[str]:
@@ -125,6 +147,33 @@ def _no_checkpoint(config: RunConfig) -> str:
     return f"model.path = {config.model.path}: no config.json there; give the folder of an HF checkpoint"
 
 
+def _check_routing_replay(config: RunConfig, hf_config: Any, *, ask_engines: bool) -> None:
+    mode = config.model.routing_replay
+    if mode != "none" and not num_experts(hf_config):
+        raise ConfigError(
+            f"model.routing_replay = {mode}, but the model ({hf_config.model_type}) has no experts; set it to none"
+        )
+    if not config.model.replays_engine_routing:
+        return
+    flags = {name.replace("_", "-"): value for name, value in config.rollout.engine_args.items()}
+    if flags.get("enable-return-routed-experts") is False:
+        raise ConfigError(
+            f"model.routing_replay = {mode} needs the engines' routing, and rollout.engine_args turns "
+            "enable-return-routed-experts off; take that out, or set model.routing_replay to r2 or none"
+        )
+    for url in config.rollout.urls if ask_engines else ():
+        try:
+            with HttpEngine(url, key=os.environ.get(config.rollout.urls_key_env or "")) as engine:
+                returns = engine.returns_routing()
+        except EngineError as error:
+            raise ConfigError(f"rollout.urls: {error}") from None
+        if not returns:
+            raise ConfigError(
+                f"model.routing_replay = {mode} needs the engines' routing, and {url} (rollout.urls) does not return "
+                "it; launch it with --enable-return-routed-experts, or set model.routing_replay to r2 or none"
+            )
+
+
 def _check_counts(config: RunConfig, hf_config: Any) -> None:
     train, rollout = config.train, config.rollout
     if train.prompts_per_step % train.mini_batches:
@@ -146,3 +195,38 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_sync(config: RunConfig) -> None:
+    """Transports that cannot reach the engines."""
+    sync = config.sync
+    elsewhere = [url for url in config.rollout.urls if not _is_loopback(urlsplit(url).hostname or "")]
+    if sync.delta and sync.transport == "disk":
+        raise ConfigError(
+            "sync.delta = true with sync.transport = disk: a folder holds whole weights; "
+            "set sync.transport to broadcast or shared_memory, or sync.delta to false"
+        )
+    if sync.transport == "shared_memory":
+        if config.cluster.nodes > 1 or config.cluster.address:
+            raise ConfigError(
+                f"sync.transport = shared_memory with cluster.nodes = {config.cluster.nodes}, cluster.address = "
+                f"{config.cluster.address}: an engine may run on another machine than the trainer's first rank; "
+                "set sync.transport to broadcast or disk"
+            )
+        if elsewhere:
+            raise ConfigError(
+                f"sync.transport = shared_memory with rollout.urls of another machine, {elsewhere[0]}; "
+                "set sync.transport to broadcast or disk"
+            )
+    if sync.transport == "disk" and elsewhere and sync.folder is None:
+        raise ConfigError(
+            f"sync.transport = disk with rollout.urls of another machine, {elsewhere[0]}, and no sync.folder; "
+            "give a folder that it can read too, or set sync.transport to broadcast"
+        )

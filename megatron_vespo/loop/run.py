@@ -16,6 +16,7 @@ import torch
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
@@ -29,22 +30,22 @@ from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
+from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups
-from megatron_vespo.rollout.protocol import SamplingParams
+from megatron_vespo.rollout.protocol import Engine, EngineError, SamplingParams
+from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.rollout.sampling import group_seeds, sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 from megatron_vespo.samples.weight_table import WeightTable, stacked
+from megatron_vespo.weights.sync import SyncError, SyncReport
+from megatron_vespo.weights.transports.disk import version_folder
 
 PROBE_SEQUENCES = 4
-
-
-class SyncError(RuntimeError):
-    """The engines do not compute what the trainer computes after a weight sync."""
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Run:
     """rollout.function."""
     writer: RunWriter
     progress: RunProgress
+    routing: RoutingShape | None = None
+    """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     version: int = 0
@@ -89,13 +92,20 @@ class Run:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int, *, batch: str
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples_per_prompt: int,
+        *,
+        batch: str,
+        routing: RoutingShape | None = None,
     ) -> list[Sample]:
         options: dict[str, Any] = dict(
             samples_per_prompt=samples_per_prompt,
             batch=f"{self.step}/{batch}",
             seeds=group_seeds(self.config.seed, self.step, batch, len(prompts)),
             tokenizer=self.tokenizer,
+            routing=routing,
         )
         if self.play is not None:
             return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
@@ -104,7 +114,7 @@ class Run:
     def rollout(self, prompts: Sequence[Prompt], *, batch: str) -> list[Sample]:
         settings = self.config.rollout
         sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
-        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch)
+        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch, routing=self.routing)
         if self.config.train.mask_truncated:
             for sample in samples:
                 if sample.finish_reason == "length":
@@ -135,10 +145,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
+    def recompute_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
         """log pi_old: the trainer still holds the weights that sampled."""
-        found = self.trainers.compute_logprobs(samples, self.config.rollout.temperature)
-        for sample, logprobs in zip(samples, found, strict=True):
+        metrics, found = self.trainers.compute_old_logprobs(mini_batch)
+        for name, (total, denominator) in metrics.items():
+            self.metrics.add(name, total, denominator)
+        for sample, logprobs in zip(mini_batch, found, strict=True):
             sample.old_logprobs = logprobs
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
@@ -156,24 +168,67 @@ class Run:
 
     def sync_weights(self) -> None:
         """Bring every engine to the current version, and measure that it computes what the trainer computes."""
-        folder = self.trainers.publish(sync_folder(self.config), self.version)
-        self.engines.pool.update_weights_from_disk(folder, self.version)
-        if not self.probe:
-            return
+        for name, value in self.publish_weights().metrics().items():
+            self.metrics.add(name, value, 1.0)
+        if self.probe:
+            self.probe_engines()
+
+    def publish_weights(self) -> SyncReport:
+        """To every engine that serves. One that dies meanwhile is restarted, and brought to this version then."""
+        pool, config = self.engines.pool, self.config
+        pool.find_dead()
+        while True:
+            urls = [engine.url for engine in (*pool.engines, *pool.stale)]
+            try:
+                with pool.updating():
+                    report = self.trainers.publish(self.version, urls, self.engines.key)
+                break
+            except EngineError:
+                if config.sync.transport != "disk":
+                    raise  # the ranks stand in the middle of a collective: nothing to go on from
+                pool.find_dead()
+                if urls == [engine.url for engine in (*pool.engines, *pool.stale)]:
+                    raise
+        if config.sync.transport == "disk":
+            folder = version_folder(sync_folder(config), self.version)
+            pool.catch_up(ServedWeights(folder, self.version))
+        else:
+            pool.expect(None)
+            pool.admit(self.version)
+        return report
+
+    def probe_engines(self) -> None:
+        """How far the engines' log-probs of fixed responses are from the trainer's."""
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
-        differences = [
-            ours - scored[len(sample.prompt.tokens) - 1 :]
-            for engine in self.engines.pool.engines
-            for sample, ours, scored in zip(self.probe, expected, engine.score(sequences), strict=True)
-        ]
-        worst = add_probe(self.metrics, np.concatenate(differences))
-        tolerance = self.config.sync.probe_tolerance
-        if tolerance is not None and not worst <= tolerance:
-            raise SyncError(
-                f"after the sync to version {self.version} an engine's log-probs differ from the trainer's by "
-                f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole or precisions differ"
+        version, tolerance = self.version, self.config.sync.probe_tolerance
+
+        def differences(scores: Sequence[np.ndarray]) -> np.ndarray:
+            """[tokens] of one engine. Raises SyncError where one is too large."""
+            found = np.concatenate(
+                [
+                    ours - scored[len(sample.prompt.tokens) - 1 :]
+                    for sample, ours, scored in zip(self.probe, expected, scores, strict=True)
+                ]
             )
+            worst = float(np.abs(found).max(initial=0.0))
+            if tolerance is not None and not worst <= tolerance:
+                raise SyncError(
+                    f"after the sync to version {version} an engine's log-probs differ from the trainer's by "
+                    f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole, "
+                    "or precisions differ"
+                )
+            return found
+
+        add_probe(self.metrics, np.concatenate([differences(s) for s in self.engines.pool.score(sequences)]))
+
+        def proof(engine: Engine) -> None:
+            try:
+                differences(engine.score(sequences))
+            except SyncError as error:
+                raise EngineError(str(error)) from None
+
+        self.engines.pool.set_proof(proof)
 
     # ------------------------------------------------------------------------------------------ records
 
@@ -195,6 +250,7 @@ class Run:
             **self.metrics.means(),
             **health_metrics(stacked(self.weights)),
             **mismatch_metrics(samples),
+            **self.engines.pool.take_counts(),
             "seconds": seconds,
         }
         self.metrics, self.weights = MetricSums(), []
@@ -279,12 +335,17 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             play=play,
             writer=writer,
             progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
+            routing=_engine_routing(config),
             step=state["step"],
             version=state["version"],
         )
         if checkpoint:
             trainers.load(checkpoint)
             prompts.restore(state["prompts"])
+        if config.sync.transport != "disk":
+            engines.pool.refresh = run.publish_weights
+        if checkpoint or config.rollout.urls:
+            # Engines that someone else started may hold anything.
             run.sync_weights()
         yield run
 
@@ -302,11 +363,8 @@ def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
     )
 
 
-def sync_folder(config: RunConfig) -> Path:
-    """Where weights are handed over: memory that one node's processes share, or the run's folder between nodes."""
-    directory, shared = config.directory.resolve(), Path("/dev/shm")
-    if config.sync.folder is not None:
-        return config.sync.folder.resolve()
-    if config.cluster.nodes > 1 or config.cluster.address or not shared.is_dir():
-        return directory / "sync"
-    return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"
+def _engine_routing(config: RunConfig) -> RoutingShape | None:
+    """What the engines are asked to return with each response."""
+    from transformers import AutoConfig
+
+    return routing_shape(AutoConfig.from_pretrained(config.model.path)) if config.model.replays_engine_routing else None

@@ -17,10 +17,12 @@ def train(run: Run) -> None:
     while run.step < config.train.steps:
         samples = collect(run)
         run.assign_advantages(samples)
+        mini_batches = split(samples, config.train.mini_batches)
         with run.phase("old log-probs"):
-            run.recompute_old_logprobs(samples)
+            for mini_batch in mini_batches:
+                run.recompute_old_logprobs(mini_batch)
 
-        for mini_batch in split(samples, config.train.mini_batches):
+        for mini_batch in mini_batches:
             with run.phase("train"):
                 run.update_policy(mini_batch)
         run.step += 1

@@ -55,7 +55,7 @@ def _summary(comparison: Comparison) -> str:
         spaces.append(("parameters", whole.in_parameters))
     heads = [title for title, _, _ in SUMMARY_COLUMNS]
     for name, _ in spaces:
-        heads += [f"{name}:\nnorm", f"{name}: cosine\nto {comparison.reference}"]
+        heads += [f"{name}:\nnorm", f"{name}:\ncosine"]
     reference = comparison.labels.index(comparison.reference)
     rows = []
     for i, (label, found) in enumerate(whole.objectives.items()):
@@ -63,7 +63,11 @@ def _summary(comparison: Comparison) -> str:
         for _, space in spaces:
             cells += [compact(space.norms[i]), number(space.cosines[i][reference], "+.4f")]
         rows.append(_row(_label(comparison, label), "".join(f"<td>{cell}</td>" for cell in cells)))
-    return _table(heads, rows)
+    about = (
+        "c: the coefficient of A grad log pi of a token. Norms and cosines are of the gradients with respect to the "
+        f"log-probs{' and to the parameters' if whole.in_parameters else ''}; cosines are to {comparison.reference}."
+    )
+    return note(about) + _table(heads, rows)
 
 
 def _by_mini_batch(comparison: Comparison) -> str:

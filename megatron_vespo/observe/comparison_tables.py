@@ -40,8 +40,8 @@ SUMMARY_COLUMNS = (
     ("mean c\nA > 0", "coefficient_positive", number),
     ("mean c\nA < 0", "coefficient_negative", number),
     ("tokens\nc = 0", "zero_tokens", share),
-    ("thrown away\nA > 0", "thrown_away_positive", share),
-    ("thrown away\nA < 0", "thrown_away_negative", share),
+    ("thrown\naway\nA > 0", "thrown_away_positive", share),
+    ("thrown\naway\nA < 0", "thrown_away_negative", share),
     ("ESS\nof phi", "ess", number),
     ("top tenth\ncarries", "top_tenth", share),
 )
@@ -54,10 +54,10 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     for name, value in comparison.facts():
         console.print(Text.assemble((f"  {name:<14}", "cyan"), value), soft_wrap=True)
     table = Table(title="From the log-probs, over all mini-batches", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("objective", no_wrap=True)
+    table.add_column("objective", no_wrap=True, vertical="bottom")
     heads = [head for head, _, _ in SUMMARY_COLUMNS] + ["norm of\ngradient", f"cosine to\n{comparison.reference}"]
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     whole = comparison.whole
     reference = comparison.labels.index(comparison.reference)
     for i, (label, found) in enumerate(whole.objectives.items()):

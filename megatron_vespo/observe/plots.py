@@ -96,6 +96,11 @@ MISMATCH = (
         reference=1.0,
     ),
     Panel(
+        *("Routing mismatch", "Share of replayed (token, layer) pairs that the trainer's own router sends elsewhere."),
+        *((("routing_mismatch_engine", "engine"), ("routing_mismatch_update", "in the update")),),
+        floor=0.0,
+    ),
+    Panel(
         *(
             "Weight-sync probe",
             "|engine − trainer| log-prob of the same few responses of the first step, right after each sync.",

@@ -156,23 +156,9 @@ def install() -> None:
     _allocate_host_buffers_unpinned()
 
 
-def main() -> None:
-    """``sglang.launch_server``'s main, in a process whose main module is this one."""
-    import os
-
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    load_plugins()
-    try:
-        run_server(prepare_server_args(sys.argv[1:]))
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-
-
 if __name__ in ("__main__", "__mp_main__"):
     install()
 if __name__ == "__main__":
+    from megatron_vespo.platform.sglang_server import main
+
     main()

@@ -30,7 +30,8 @@ def gradient_products(
 ) -> torch.Tensor:
     """[K, K] float64, the same on every rank: inner products of the K objectives' gradients at the current weights.
 
-    Collective. Of the objective alone: what a run adds to its loss besides (router losses) is left out. Each objective
+    Collective. Of the objective alone: what a run adds to its loss besides (router losses) is left out, and tokens go
+    where the live routers send them (no routing replay). Each objective
     takes a forward and a backward pass over ``batches`` (this rank's shards), and a forward pass more where it
     searches its bounds. All K gradients are held in host memory, in float32: 4 K bytes a parameter, each parameter on
     one rank.

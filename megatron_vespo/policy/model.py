@@ -88,13 +88,10 @@ class PolicyModel(GPTModel):
         return self.head(spread(hidden_states, group=self.pg_collection.tp)[:, 0], weight)
 
 
-def transformer_config(
-    hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout, *, routing_replay: bool = False
-) -> TransformerConfig:
+def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout) -> TransformerConfig:
     """The architecture and how it is split. Gradients are summed over data-parallel ranks and never scaled
     (``calculate_per_token_loss``): all scaling is the objective's.
 
-    ``routing_replay`` gives every MoE router a RouterReplay (megatron-core's moe_enable_routing_replay).
     Raises ValueError for an architecture that is not supported and for a layout that does not divide it.
     """
     check_architecture(hf_config)
@@ -131,9 +128,9 @@ def transformer_config(
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # packed rows differ in length
-        # megatron-core frees a sent output as soon as the send is posted. The interleaved schedule does not wait for it,
-        # and gloo reads memory that by then may hold something else: wrong activations, now and then, in silence.
-        deallocate_pipeline_outputs=layout.pipeline > 1 and layout.virtual_pipeline is None,
+        # Where sends overlap with compute, the interleaved schedule gives the output up before it has left.
+        deallocate_pipeline_outputs=layout.pipeline > 1
+        and (layout.virtual_pipeline is None or platform.current().holds_what_it_sends),
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of different lengths, in dense models too
         # Between two stages, both directions of the interleaved schedule join the same two ranks; a batch of sends and
         # receives is matched in order there, and activations arrive in place of gradients. Apart, they are not mixed.
@@ -149,7 +146,7 @@ def transformer_config(
     if experts:
         settings.update(
             num_moe_experts=experts,
-            moe_layer_freq=_moe_layers(hf_config),
+            moe_layer_freq=moe_layers(hf_config),
             moe_ffn_hidden_size=_expert_width(hf_config),
             moe_router_topk=hf_config.num_experts_per_tok,
             # Softmax over all experts and then the top k, renormalised, is the softmax over the top k.
@@ -160,22 +157,19 @@ def transformer_config(
             moe_token_dropping=False,
             moe_grouped_gemm=fused,
             moe_permute_fusion=fused,
-            moe_enable_routing_replay=routing_replay,
         )
     if model.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(**settings)
 
 
-def build_model(
-    hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout, *, routing_replay: bool = False
-) -> list[PolicyModel]:
+def build_model(hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout) -> list[PolicyModel]:
     """This rank's model chunks, one a virtual pipeline stage (just one without virtual_pipeline), with random weights.
 
     Needs ``layout.initialize``. The output layer gives vocabulary-parallel logits, [1, t, padded vocabulary / tensor];
     policy/logprobs.py keeps the padding out of the probabilities.
     """
-    config = transformer_config(hf_config, model, layout, routing_replay=routing_replay)
+    config = transformer_config(hf_config, model, layout)
     chunks = []
     for vp_stage in range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]:
         ignore_virtual = vp_stage is None
@@ -208,6 +202,12 @@ def build_model(
 def num_experts(hf_config: PreTrainedConfig) -> int:
     """Routed experts of an MoE layer; 0 for a dense model."""
     return getattr(hf_config, "num_experts", None) or 0
+
+
+def moe_layers(hf_config: PreTrainedConfig) -> list[int]:
+    """[layers]: 1 where a layer is an MoE layer."""
+    step, dense = getattr(hf_config, "decoder_sparse_step", 1), getattr(hf_config, "mlp_only_layers", None) or ()
+    return [int(i not in dense and (i + 1) % step == 0) for i in range(hf_config.num_hidden_layers)]
 
 
 def layer_spec_kind(model: ModelConfig) -> platform.LayerSpecKind:
@@ -269,7 +269,7 @@ def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[
     experts = num_experts(hf_config)
     yield "parallel.tensor", layout.tensor, "num_attention_heads", hf_config.num_attention_heads
     yield "parallel.tensor", layout.tensor, "num_key_value_heads", _kv_heads(hf_config)
-    if not experts or not all(_moe_layers(hf_config)):
+    if not experts or not all(moe_layers(hf_config)):
         yield "parallel.tensor", layout.tensor, "intermediate_size", hf_config.intermediate_size
     if experts:
         yield "parallel.expert", layout.expert, "num_experts", experts
@@ -304,12 +304,6 @@ def _scaled_inv_freq(hf_config: PreTrainedConfig) -> torch.Tensor | None:
     """[head_dim / 2] float32: rotary frequencies of a checkpoint that scales them, by transformers' own formula."""
     rope_type = hf_config.rope_parameters["rope_type"]
     return None if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))[0]
-
-
-def _moe_layers(hf_config: PreTrainedConfig) -> list[int]:
-    """[layers]: 1 where a layer is an MoE layer."""
-    step, dense = getattr(hf_config, "decoder_sparse_step", 1), getattr(hf_config, "mlp_only_layers", None) or ()
-    return [int(i not in dense and (i + 1) % step == 0) for i in range(hf_config.num_hidden_layers)]
 
 
 def _expert_width(hf_config: PreTrainedConfig) -> int:

@@ -20,6 +20,7 @@ from megatron_vespo.policy.fused_logprobs import fused_logprobs
 from megatron_vespo.policy.logprobs import plain_logprobs
 from megatron_vespo.policy.model import Head
 from megatron_vespo.policy.router import RouterLosses
+from megatron_vespo.policy.routing_replay import MicroBatchRouting
 from megatron_vespo.samples.packing import PackedBatch
 
 MetricTable = dict[str, tuple[float, float]]
@@ -71,28 +72,34 @@ def run_micro_batches(
     *,
     forward_only: bool,
     router_losses: RouterLosses | None = None,
+    routings: Sequence[MicroBatchRouting] | None = None,
 ) -> list[Any]:
     """Drive ``batches`` through the schedule of the layout; returns what ``loss`` reported, on the last stage.
 
     batches: this rank's shards. loss: (batch, [2, T] from the head) -> what megatron-core's schedule expects.
     router_losses: added to the loss by every stage's routers; their values are collected in it.
+    routings: what the routers replay and record, one a batch; None: nothing.
     """
     if router_losses is not None:
         router_losses.attach(chunks)
 
-    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = next(iterator)
+    def forward_step(
+        iterator: Iterator[tuple[PackedBatch, MicroBatchRouting | None]], chunk: torch.nn.Module
+    ) -> tuple[torch.Tensor, Any]:
+        batch, routing = next(iterator)
         packing = packed_seq_params(batch.cu_seqlens)
+        packing.routing = routing  # for LayerReplay.before_layer
         members = None if router_losses is None else batch.members()
         output = chunk(
             batch.tokens[None], None, None, packed_seq_params=packing, head=head.of(batch.labels), members=members
         )
         return output, partial(loss, batch)
 
+    pairs = list(zip(batches, routings or (None,) * len(batches), strict=True))
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         # Every model chunk of an interleaved pipeline walks the same micro-batches.
-        data_iterator=[iter(batches) for _ in chunks],
+        data_iterator=[iter(pairs) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
         seq_length=max(len(batch.tokens) for batch in batches),
@@ -146,6 +153,7 @@ def search_bounds(
     batches: Sequence[PackedBatch],
     head: LogprobHead,
     totals: dict[str, float],
+    routings: Sequence[MicroBatchRouting] | None = None,
 ) -> ComposedObjective:
     """For an objective that searches something over the whole mini-batch (BAPO, M2PO): measure it in a forward pass of
     its own, at the weights that the gradient will be taken at. Off the last stage nothing asks for the result."""
@@ -154,7 +162,7 @@ def search_bounds(
         return objective.measure(objective_inputs(batch, scores, **totals))
 
     with torch.no_grad():
-        shares = run_micro_batches(chunks, batches, head, measure, forward_only=True)
+        shares = run_micro_batches(chunks, batches, head, measure, forward_only=True, routings=routings)
     if not shares:
         return objective
     sums = torch.stack(shares).sum(0)

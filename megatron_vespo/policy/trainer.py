@@ -6,7 +6,7 @@ Every method is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
 from megatron_vespo.policy.response_weights import weigh
 from megatron_vespo.policy.router import RouterLosses
+from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch_metric
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -41,7 +42,7 @@ from megatron_vespo.samples.weight_table import WeightTable
 from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.save import save_hf_folder
-from megatron_vespo.weights.sync import DiskTransport
+from megatron_vespo.weights.sync import SyncReport, WeightTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class PolicyTrainer:
         layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
         load_hf(self.models, config.model.path)
+        mode = config.model.routing_replay
+        self.routing_replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
         sharded = config.parallel.distributed_optimizer
         self.chunks = wrap_for_training(self.models, distributed_optimizer=sharded)
         self.optimizer, self.scheduler = build_optimizer(
@@ -86,18 +89,22 @@ class PolicyTrainer:
         totals = _totals(samples)
         head = self._head(self.config.rollout.temperature)
         batches = self._batches(samples)
+        routings = self._routings(samples, batches, self.routing_replay.of_update) if self.routing_replay else None
         objective = self.objective
         if objective.needs_preparation:
-            objective = search_bounds(objective, self.chunks, batches, head, totals)
+            objective = search_bounds(objective, self.chunks, batches, head, totals, routings)
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = objective_loss(objective, totals)
         router_losses = RouterLosses.of_mini_batch(self.config.model, [s.length for s in samples])
-        reports = run_micro_batches(self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses)
+        reports = run_micro_batches(
+            self.chunks, batches, head, loss, forward_only=False, router_losses=router_losses, routings=routings
+        )
         metrics = sum_metrics([report.metrics for report in reports])
         router_metrics = router_losses.metrics() if router_losses is not None else {}
+        router_metrics |= mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
         if self.config.optimizer.ess_step != "off":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
@@ -114,15 +121,33 @@ class PolicyTrainer:
         weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
         return UpdateResult(metrics, logprobs, weights)
 
-    @torch.no_grad()
-    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
-        """Position in ``samples`` -> [response] float32 log-probs now; each sample is reported by one rank."""
+    def compute_old_logprobs(self, samples: Sequence[Sample]) -> tuple[dict[int, np.ndarray], MetricTable]:
+        """Position in ``samples`` -> [response] float32 log pi_old, at the rollout's temperature; and metrics.
 
+        ``samples`` are those of one mini-batch: with routing replay its update goes where this pass went."""
+        batches = self._batches(samples)
+        routings = self._routings(samples, batches, self.routing_replay.of_old_pass) if self.routing_replay else None
+        logprobs = self._logprobs(samples, batches, self.config.rollout.temperature, routings)
+        return logprobs, mismatch_metric("routing_mismatch_engine", routings)
+
+    def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
+        """Position in ``samples`` -> [response] float32 log-probs now, under the live routing; each sample is reported
+        by one rank."""
+        return self._logprobs(samples, self._batches(samples), temperature, None)
+
+    @torch.no_grad()
+    def _logprobs(
+        self,
+        samples: Sequence[Sample],
+        batches: Sequence[PackedBatch],
+        temperature: float,
+        routings: Sequence[MicroBatchRouting] | None,
+    ) -> dict[int, np.ndarray]:
         def collect(batch: PackedBatch, scores: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return scores[0]
 
-        batches = self._batches(samples)
-        shards = run_micro_batches(self.chunks, batches, self._head(temperature), collect, forward_only=True)
+        head = self._head(temperature)
+        shards = run_micro_batches(self.chunks, batches, head, collect, forward_only=True, routings=routings)
         return self._by_sample(samples, batches, shards)
 
     def gradient_products(self, samples: Sequence[Sample], objectives: Sequence[ComposedObjective]) -> np.ndarray:
@@ -164,6 +189,14 @@ class PolicyTrainer:
             batches.append(whole.shard(self._local(whole.cu_seqlens)).to(self.device))
         return batches
 
+    def _routings(
+        self, samples: Sequence[Sample], batches: Sequence[PackedBatch], of_pass: Callable[..., MicroBatchRouting]
+    ) -> list[MicroBatchRouting]:
+        """One of each micro-batch's; ``of_pass`` is a method of :class:`RoutingReplay`."""
+        ends = [batch.cu_seqlens.cpu() for batch in batches]
+        members = [[samples[i] for i in positions] for positions in self._plan(samples)]
+        return [of_pass(mine, cu, self._local(cu)) for mine, cu in zip(members, ends, strict=True)]
+
     def _local(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return layout.local_indices(cu_seqlens, self.layout.context, layout.cp_rank())
 
@@ -179,10 +212,15 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def publish(self, folder: Path, version: int) -> Path:
-        """Hand the current weights to the engines through ``folder``; returns what they are to load."""
-        transport = DiskTransport(folder, self.config.model.path)
-        return transport.publish(version, export_hf(self.models, self.hf_config))
+    def publish(self, transport: WeightTransport | None, version: int) -> SyncReport | None:
+        """Bring the engines to the current weights. Rank 0 of the world has the transport and the report of it; the
+        other ranks gather."""
+        tensors = export_hf(self.models, self.hf_config)
+        if transport is not None:
+            return transport.publish(version, tensors)
+        for _ in tensors:
+            pass
+        return None
 
     def export_hf(self, folder: Path) -> None:
         """Write the current weights as an HF folder that transformers loads."""

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
-from megatron_vespo.samples.records import FinishReason, Prompt, Sample
+from megatron_vespo.rollout.protocol import EngineError, GenerateRequest, Generation, SamplingParams
+from megatron_vespo.samples.records import FinishReason, Prompt, RoutingShape, Sample
 
 THREADS = 256
 """Episodes under way at once; each waits for an engine nearly all of its time."""
@@ -50,6 +50,8 @@ class Episode:
     """Its ``max_tokens`` is the budget of the whole response, the environment's tokens included."""
     seed: int
     engines: Sampler
+    routing: RoutingShape | None = None
+    """The model's, where the sample is to come with its routed experts."""
     turns: int = 0
     finish_reason: FinishReason = "stop"
     """Of the newest turn; ``length`` once the budget is spent."""
@@ -82,6 +84,7 @@ class Episode:
             sampling=replace(self.sampling, max_tokens=room),
             # Turns of one response draw from different streams, and so do responses of one group.
             seed=int(np.random.SeedSequence([self.seed, self.turns]).generate_state(1)[0] & 0x7FFFFFFF),
+            routing=self.routing,
         )
         ((generation,),) = self.engines.generate([request])
         self.turns += 1
@@ -113,7 +116,19 @@ class Episode:
             finish_reason=self.finish_reason,
             text=self.text,
             metadata={"turns": self.turns},
+            routed_experts=self._routed_experts(),
         )
+
+    def _routed_experts(self) -> np.ndarray | None:
+        """Each turn returns those of all tokens before its last; a token's first routing is that of the turn that
+        sampled what follows it."""
+        routed: np.ndarray | None = None
+        for part in self._parts:
+            if part.routed_experts is not None:
+                known = 0 if routed is None else len(routed)
+                newer = part.routed_experts[known:]
+                routed = newer if routed is None else np.concatenate([routed, newer])
+        return routed
 
 
 def play_groups(
@@ -126,10 +141,11 @@ def play_groups(
     batch: str,
     seeds: Sequence[int],
     tokenizer: Any,
+    routing: RoutingShape | None = None,
 ) -> list[Sample]:
     """As sampling.sample_groups, each response by ``play``. Raises :class:`EpisodeError` where that raises."""
     episodes = [
-        Episode(f"{batch}/{prompt.id}/{i}", prompt, tokenizer, sampling, seed + i, engines)
+        Episode(f"{batch}/{prompt.id}/{i}", prompt, tokenizer, sampling, seed + i, engines, routing)
         for prompt, seed in zip(prompts, seeds, strict=True)
         for i in range(samples_per_prompt)
     ]
@@ -137,6 +153,8 @@ def play_groups(
     def run(episode: Episode) -> Sample:
         try:
             play(episode)
+        except EngineError:
+            raise
         except Exception as error:
             name = getattr(play, "__qualname__", repr(play))
             raise EpisodeError(f"rollout.function {name} failed on sample {episode.id}: {error!r}") from error

@@ -12,10 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import httpx
-
-from megatron_vespo.rollout.protocol import EngineError
-
 GUARD = Path(__file__).with_name("guard.py")
 LOG_TAIL_LINES = 25
 
@@ -65,26 +61,6 @@ class EngineProcess:
             f"the engine process exited with code {self.exit_code()}; the end of {self.log_file}:\n"
             f"{self.log_tail() or '(empty)'}"
         )
-
-    def wait_until_healthy(self, url: str, timeout_s: float) -> None:
-        """Poll ``url``/health. Raises EngineError, with the end of the log, on early exit or after the deadline."""
-        deadline = time.monotonic() + timeout_s
-        with httpx.Client(trust_env=False, timeout=5.0) as client:
-            while True:
-                if self.exit_code() is not None:
-                    raise EngineError(f"{url} did not start: {self.exit_report()}")
-                try:
-                    if client.get(f"{url}/health").status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass  # not listening yet
-                if time.monotonic() > deadline:
-                    self.shutdown(grace_s=0)
-                    raise EngineError(
-                        f"{url} did not answer /health within {timeout_s:g} s (rollout.launch_timeout_s); "
-                        f"the end of {self.log_file}:\n{self.log_tail()}"
-                    )
-                time.sleep(0.1)
 
     def shutdown(self, grace_s: float = 5.0) -> None:
         """SIGTERM to the session, SIGKILL after ``grace_s``; returns when no process of it is left."""

@@ -1,21 +1,48 @@
 """What the rest of the stack may ask of a rollout engine. SGLang and the reference engine both answer it.
 
 Tokens in, tokens out: an engine never sees text, and nothing is ever retokenised.
+
+Log-probs: those of the sampled tokens under softmax(logits / temperature), **before** top-k and top-p cut it. With
+top_k = -1 and top_p = 1 that is the distribution that was sampled. With either on, the token was drawn from the cut and
+renormalised distribution, whose log-prob is larger by -log(mass kept) and is not reported by either engine: a ratio
+pi/mu of such tokens compares the trainer's uncut distribution with the engine's uncut one. Temperature 0 draws the most
+likely token, and its log-prob is the one at temperature 1.
+
+Seeds: a draw is a function of (seed, place of the token in prompt + response) and of the distribution, so that a
+response that is cut and continued with its seed is drawn as if it had never been cut (continuation.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from megatron_vespo.samples.records import FinishReason
+from megatron_vespo.samples.records import FinishReason, RoutingShape
 
 
 class EngineError(RuntimeError):
     """An engine refused, died or hung. The message names the engine's address and what was asked of it."""
+
+
+class EngineDown(EngineError):
+    """It died, hangs or cannot be reached: another engine, or this one started again, may do what was asked."""
+
+
+PauseMode = Literal["abort", "retract", "in_place"]
+"""What becomes of the responses under way when an engine is paused; new ones wait until it resumes.
+
+abort     They end at once with finish_reason ``abort`` and what they have. They hold no place and no cache in the
+          engine; whoever asked may continue them, here or on another engine.
+retract   They wait, and on resume their keys and values are computed anew. Each token is exactly of the weights whose
+          version it carries.
+in_place  They wait and keep keys and values of the old weights. Nothing is computed twice, but tokens sampled after new
+          weights came attend to keys of the old ones: **their log-probs match neither model**, though they carry the
+          new version. The same holds for later requests that share a cached prefix, until an update outside of this
+          mode flushes the cache. Not for training with importance weights that one means to trust.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +69,10 @@ class GenerateRequest:
     sampling: SamplingParams
     n: int = 1
     seed: int | None = None
-    """Response i is drawn with seed + i where the engine honours seeds (the reference engine does)."""
-    return_routed_experts: bool = False
+    """Response i is drawn with seed + i where the engine honours seeds (the reference engine does; SGLang with
+    --enable-deterministic-inference, on a GPU)."""
+    routing: RoutingShape | None = None
+    """Set: the experts that each token was sent to come back with the responses."""
 
 
 @dataclass(slots=True)
@@ -55,6 +84,9 @@ class Generation:
     weight_versions: np.ndarray
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = None
+    """As ``Sample.routed_experts``, where the request asked; None all the same for one that ended before it began."""
+    retries: tuple[str, ...] = ()
+    """Why it was asked for again, each time that it was: the engine died, hung, or took too long."""
 
 
 class Engine(Protocol):
@@ -62,14 +94,18 @@ class Engine(Protocol):
 
     url: str
 
-    def generate(self, requests: list[GenerateRequest]) -> list[list[Generation]]:
-        """All requests, concurrently; result i holds the ``n`` generations of request i."""
+    async def answer(self, requests: list[GenerateRequest]) -> list[list[Generation]]:
+        """All requests in one call, however long it takes; result i holds the ``n`` generations of request i."""
+
+    async def ping(self) -> None:
+        """Return when the part that computes has answered, which it does between two steps, busy or paused as it may
+        be. Raises EngineDown where it is dead; waits for ever where it hangs."""
 
     def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """Log-probs [len - 1] of each sequence's tokens given their prefix, at temperature 1 (the sync's probe)."""
 
-    def pause(self) -> None:
-        """Stop decoding; running requests keep their tokens and continue under whatever weights come next."""
+    def pause(self, mode: PauseMode = "retract") -> None:
+        """Stop decoding; what becomes of running requests is the mode's to say."""
 
     def resume(self) -> None: ...
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_vespo.rollout.pool import EnginePool
 from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
-from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 
 
 def group_seeds(run_seed: int, step: int, batch: str, groups: int) -> list[int]:
@@ -30,10 +30,12 @@ def sample_groups(
     batch: str,
     seeds: Sequence[int],
     tokenizer: Any,
+    routing: RoutingShape | None = None,
 ) -> list[Sample]:
     """``samples_per_prompt`` responses to each prompt, groups side by side in the order of ``prompts``.
 
-    batch: names the rollout batch in the samples' ids. seeds: one a prompt, see :func:`group_seeds`.
+    batch: names the rollout batch in the samples' ids. seeds: one a prompt, see :func:`group_seeds`. routing: the
+    model's, where the samples are to come with their routed experts.
     """
     requests = [
         GenerateRequest(
@@ -42,6 +44,7 @@ def sample_groups(
             sampling=sampling,
             n=samples_per_prompt,
             seed=seed,
+            routing=routing,
         )
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
@@ -64,4 +67,5 @@ def _sample(name: str, prompt: Prompt, generation: Generation, tokenizer: Any) -
         finish_reason=generation.finish_reason,
         text=tokenizer.decode(generation.tokens, skip_special_tokens=True),
         routed_experts=generation.routed_experts,
+        metadata={"rollout_retries": list(generation.retries)} if generation.retries else {},
     )

@@ -42,5 +42,5 @@ def command(flags: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, st
     # Tokens in, tokens out; no tokenizer is needed. The warm-up would send text.
     ours: dict[str, Any] = {**flags, "skip-tokenizer-init": True, "skip-server-warmup": True}
     if platform.current().name == "cuda":
-        return "sglang.launch_server", ours, ENV
+        return "megatron_vespo.platform.sglang_server", ours, ENV
     return "megatron_vespo.platform.sglang_cpu", {**ours, **CPU_FLAGS}, {**ENV, **CPU_ENV}

@@ -13,6 +13,25 @@ import numpy as np
 FinishReason = Literal["stop", "length", "abort"]
 
 
+@dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """How a mixture-of-experts model routes: the last two axes of ``Sample.routed_experts``, and their type."""
+
+    layers: int
+    """Layers of the model, dense ones too."""
+    moe_layers: tuple[int, ...]
+    """Those that route, counted from 0."""
+    topk: int
+    """Experts a token is sent to in each."""
+    experts: int
+    """Routed experts of each."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest that holds every expert's number (and that torch can index and save: uint16 is not)."""
+        return np.dtype(np.uint8 if self.experts <= 256 else np.int16)
+
+
 @dataclass(slots=True)
 class Prompt:
     """One problem, rendered and tokenised once, when the data file is read."""
@@ -59,7 +78,9 @@ class Sample:
     trained_version: int | None = None
     """The weight version that this update began from; the samples of one mini-batch share it."""
     routed_experts: np.ndarray | None = None
-    """[prompt + response - 1, layers, topk] int32, when the engine was asked for them."""
+    """[prompt + response - 1, MoE layers, topk] of RoutingShape.dtype, where the engine was asked for them: row t holds
+    the experts that token t was sent to, in the engine's own order. The last token was sampled and went nowhere; what
+    an environment says after the policy's last token has no rows either."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property

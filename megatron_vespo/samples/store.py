@@ -62,6 +62,8 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
         if any(having):
             values = [getattr(s, name) for s, has in zip(samples, having, strict=True) if has]
             arrays[name] = _joined(values, values[0].dtype)
+            if name == "routed_experts":
+                arrays["routed_lengths"] = np.array([len(v) for v in values], np.int64)
     rest = {
         "format": FORMAT,
         "prompts": [
@@ -124,8 +126,9 @@ def _samples(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> list[Sample
     for name in OF_SOME:
         having = [s for s, has in zip(samples, rest["present"][name], strict=True) if has]
         if having:
-            sizes = [s.length - 1 if name == "routed_experts" else len(s.response_tokens) for s in having]
-            for sample, values in zip(having, _parted(arrays[name], np.array(sizes)), strict=True):
+            of_responses = np.array([len(s.response_tokens) for s in having])
+            sizes = arrays["routed_lengths"] if name == "routed_experts" else of_responses
+            for sample, values in zip(having, _parted(arrays[name], sizes), strict=True):
                 setattr(sample, name, values)
     return samples
 

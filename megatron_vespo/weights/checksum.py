@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import xxhash
 
@@ -13,3 +15,9 @@ def checksum(tensor: torch.Tensor) -> str:
     digest = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def combined(checksums: Mapping[str, str]) -> str:
+    """One digest of a whole model's: which tensors there are, and each one's bytes."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(checksums.items()))
+    return xxhash.xxh3_128(lines.encode()).hexdigest()

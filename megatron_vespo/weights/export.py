@@ -55,6 +55,7 @@ def export_hf(models: Sequence[torch.nn.Module], hf_config: PreTrainedConfig) ->
         if whole is not None:
             rule = table[entry.key]
             yield from zip(rule.names(entry.layer, entry.expert), _split(whole, entry, rule, some.sizes), strict=True)
+        del whole  # before the next is made
 
 
 def _schedule(mine: dict[Any, LocatedParameter], keys: list[str], layers: int) -> list[_Entry]:
@@ -102,22 +103,40 @@ def _gather(entry: _Entry, parameter: LocatedParameter | None, device: torch.dev
         if whole is None:
             return None  # the first of the shards' ranks goes on with them
 
-    def receive() -> torch.Tensor:
-        return torch.empty(entry.shards, *entry.shape, dtype=entry.dtype, device=device)
-
-    # Broadcasts: on NCCL they use the group's own communicator, where point-to-point would open one for each pair.
-    if of_expert and here and parallel_state.get_expert_model_parallel_world_size() > 1:
+    if of_expert and here:
         if parallel_state.get_expert_tensor_parallel_rank() != 0:
             return None
-        whole = receive() if whole is None else whole
-        dist.broadcast(whole, group=parallel_state.get_expert_model_parallel_group(), group_src=entry.holder)
+        whole = _to_first(whole, entry, entry.holder, parallel_state.get_expert_model_parallel_group(), device)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if dist.get_process_group_ranks(pipeline)[0] != 0:
         return None
-    if entry.stage != 0:
-        whole = receive() if whole is None else whole
-        dist.broadcast(whole, group=pipeline, group_src=entry.stage)
+    whole = _to_first(whole, entry, entry.stage, pipeline, device)
     return whole if dist.get_rank() == 0 else None
+
+
+def _to_first(
+    whole: torch.Tensor | None, entry: _Entry, source: int, group: dist.ProcessGroup, device: torch.device
+) -> torch.Tensor | None:
+    """``whole`` of the group's rank ``source`` on its rank 0, None on the others. Collective over the group.
+
+    An all-to-all in which only these two exchange anything: on NCCL it uses the group's own communicator, where a send
+    would open one for the pair.
+    """
+    if source == 0:
+        return whole
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    moved = entry.shards * torch.Size(entry.shape).numel() * entry.dtype.itemsize
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    outgoing, incoming = nothing, nothing
+    if rank == source:
+        assert whole is not None
+        outgoing = whole.contiguous().view(-1).view(torch.uint8)
+    if rank == 0:
+        incoming = torch.empty(moved, dtype=torch.uint8, device=device)
+    to = [len(outgoing) if peer == 0 else 0 for peer in range(size)]
+    from_ = [len(incoming) if peer == source else 0 for peer in range(size)]
+    dist.all_to_all_single(incoming, outgoing, from_, to, group=group)
+    return incoming.view(entry.dtype).view(entry.shards, *entry.shape) if rank == 0 else None
 
 
 def _takes_part(of_expert: bool) -> bool:

@@ -31,12 +31,13 @@ def quantise_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     A block's scale maps its largest magnitude to 448. Non-finite values make their whole block NaN.
     """
-    largest = _blocks(weight).abs().amax((1, 3)).float()
+    rows, columns = weight.shape
+    blocks = _blocks(weight).float()
     # The lower bound keeps a block of zeros (or of denormals) from being divided by zero.
-    scales = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = (blocks.abs().amax((1, 3)) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     # A quotient may round to just above the largest; e4m3fn has no infinity to catch it.
-    scaled = (weight.float() / _spread(scales, weight.shape)).clamp_(-LARGEST, LARGEST)
-    return scaled.to(torch.float8_e4m3fn), scales
+    scaled = (blocks / scales[:, None, :, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return scaled.flatten(2).flatten(0, 1)[:rows, :columns], scales
 
 
 def dequantise_blocks(
@@ -59,8 +60,10 @@ def quantise_stream(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
             values, scales = quantise_blocks(tensor)
             yield name, values
             yield name + SCALE_SUFFIX, scales
+            del values, scales
         else:
             yield name, tensor
+        del tensor  # before the next is made
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

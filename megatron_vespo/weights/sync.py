@@ -1,52 +1,138 @@
-"""How weights travel from the trainer to the engines: an interface, and the one transport so far, a folder on disk.
-
-The trainer's ranks publish a version; the driver hands what rank 0 returned to every engine. For the disk transport
-that is ``engine.update_weights_from_disk(folder, version)``.
-"""
+"""How a version of the weights reaches the engines: what every transport is asked, tells, and proves."""
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Iterable
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import torch
+from megatron_vespo.weights.buckets import Named, TensorSpec
 
-from megatron_vespo.weights.save import is_writer, save_hf_folder
+Checksums = dict[str, str]
+T = TypeVar("T")
+
+
+class SyncError(RuntimeError):
+    """The engines do not hold or do not compute what the trainer does after a weight sync."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one sync did."""
+
+    version: int
+    seconds: float
+    bytes: int
+    """Sent to each engine."""
+    full_bytes: int
+    """Of all tensors: what is sent without deltas."""
+    tensors: int
+    checked: int
+    """Tensors whose checksums were compared at both ends, on every engine; 0 where an engine reports none."""
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sync_seconds": self.seconds,
+            "sync_bytes": self.bytes,
+            "sync_full_bytes": self.full_bytes,
+            "sync_bytes_per_s": self.bytes / self.seconds,
+            "sync_tensors": self.tensors,
+            "sync_tensors_checked": self.checked,
+        }
 
 
 class WeightTransport(Protocol):
-    def publish(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Path:
-        """Collective over the trainer's ranks, each with its stream of :func:`~.export.export_hf`.
+    """The sender: in rank 0 of the trainer."""
 
-        Returns what the driver tells the engines on rank 0: the folder to load ``version`` from.
+    def publish(self, version: int, tensors: Iterable[Named]) -> SyncReport:
+        """Bring all engines from whatever they have to ``version``, given as the stream of :func:`~.export.export_hf`.
+
+        No engine generates between the first weight that it loads and the last, and what it generates then carries
+        ``version``. Raises SyncError with the name of a tensor that did not arrive as it was sent; the engines stay
+        paused then, as after any error.
         """
 
+    def close(self) -> None:
+        """Let go of the engines, which go on."""
 
-class DiskTransport:
-    """Writes each version as an HF folder, best in memory that the engines share (/dev/shm)."""
 
-    def __init__(self, folder: Path, source_folder: Path, keep: int = 2) -> None:
-        """``source_folder``: the HF folder whose config and tokenizer go with the weights. ``keep``: how many of the
-        newest versions stay; two, since an engine may still be reading the one before."""
-        self.folder, self.source_folder, self.keep = folder, source_folder, keep
+class EngineWeights(Protocol):
+    """The receiver: one engine, as a transport sees it. Every call raises an error that names the engine.
 
-    def publish(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Path:
-        target = self.folder / f"version_{version:06d}"
-        save_hf_folder(tensors, target, self.source_folder)
-        if is_writer():
-            self._prune(version)
-        return target
+    A call that returns checksums returns None from an engine that takes none.
+    """
 
-    def _prune(self, newest: int) -> None:
-        versions = self._versions()
-        # Higher numbers are of a run that was set back to a checkpoint since: no engine will be told of them again.
-        older = sorted((version for version in versions if version < newest), reverse=True)
-        for version in versions.keys() - {newest, *older[: self.keep - 1]}:
-            shutil.rmtree(versions[version])
+    url: str
 
-    def _versions(self) -> dict[int, Path]:
-        found = {path: re.fullmatch(r"version_(\d+)", path.name) for path in self.folder.glob("version_*")}
-        return {int(match[1]): path for path, match in found.items() if match}
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def load_folder(self, folder: Path, version: int) -> Checksums | None:
+        """Load an HF folder whole, and be of ``version``."""
+
+    def begin_update(self) -> str | None:
+        """Expect buckets; returns the combined checksum of the version kept for deltas."""
+
+    def end_update(self) -> Checksums | None: ...
+
+    def set_version(self, version: int) -> None: ...
+
+    def ranks(self) -> int:
+        """How many processes of the engine receive a broadcast."""
+
+    def join_broadcast(self, group: str, address: str, port: int, first_rank: int, size: int, backend: str) -> None:
+        """Have its processes join as ``first_rank`` and following of ``size``; returns when they have."""
+
+    def leave_broadcast(self, group: str) -> None: ...
+
+    def receive_broadcast(self, group: str, specs: Sequence[TensorSpec]) -> None:
+        """Take part in the broadcast of a bucket and load it."""
+
+    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
+        """Load a bucket that lies at the beginning of a file in memory."""
+
+
+def on_each(engines: Sequence[EngineWeights], ask: Callable[[EngineWeights], T]) -> list[T]:
+    """``ask`` of all engines at once."""
+    return at_once([lambda engine=engine: ask(engine) for engine in engines])  # type: ignore[misc]
+
+
+def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of all, or the first failure at once, though others may still wait for what will not come."""
+    answers: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def answer(index: int) -> None:
+        try:
+            answers.put((index, calls[index](), None))
+        except BaseException as error:
+            answers.put((index, None, error))
+
+    for index in range(len(calls)):
+        # Daemons: one that waits for ever must not keep the process from ending.
+        threading.Thread(target=answer, args=(index,), daemon=True).start()
+    results: dict[int, T] = {}
+    while len(results) < len(calls):
+        index, result, error = answers.get()
+        if error is not None:
+            raise error
+        results[index] = result  # type: ignore[assignment]
+    return [results[index] for index in range(len(calls))]
+
+
+def prove(engines: Sequence[EngineWeights], sent: Mapping[str, str], arrived: Sequence[Checksums | None]) -> int:
+    """How many tensors were compared on every engine. Raises SyncError naming the engine and the first that differs."""
+    for engine, found in zip(engines, arrived, strict=True):
+        if found is None:
+            continue
+        wrong = sorted(name for name in sent.keys() | found.keys() if sent.get(name) != found.get(name))
+        if wrong:
+            name = wrong[0]
+            raise SyncError(
+                f"weight sync: {name} was sent with checksum {sent.get(name, '(none)')} and is at {engine.url} with "
+                f"{found.get(name, '(none: it did not arrive)')}; {len(wrong)} of {len(sent)} tensors differ"
+            )
+    return len(sent) if all(found is not None for found in arrived) else 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 import torch
 import uvicorn
 
+from megatron_vespo.platform.sglang_server import KEY_VARIABLE
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
 from megatron_vespo.rollout.reference.precision import Fp8
@@ -33,6 +35,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.fp8_activations and args.quantization is None:
         parser.error("--fp8-activations needs --quantization fp8")
+    key = os.environ.pop(KEY_VARIABLE, None)
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"reference engine: --host {args.host} wants a key in {KEY_VARIABLE}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(args.threads)
     # Denormal probabilities slow a CPU many times over.
@@ -46,7 +52,8 @@ def main() -> int:
         return 2
     generator = Generator(model, args.weight_version, args.max_running_requests)
     generator.start()
-    uvicorn.run(build_app(generator, dtype, args.random_seed), host=args.host, port=args.port, log_level="warning")
+    app = build_app(generator, dtype, args.random_seed, key)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0
 
 

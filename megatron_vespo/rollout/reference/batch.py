@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,8 @@ class Result:
     finish_reason: FinishReason
     version: int
     prompt_logprobs: np.ndarray | None = None
+    routed_experts: np.ndarray | None = None
+    """[prompt + response - 1, MoE layers, topk] where asked."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +41,8 @@ class Sequence:
     top_k: int = -1
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    routing: bool = False
+    """Its result is to hold the routed experts."""
     done: Future[Result] = field(default_factory=Future)
 
 
@@ -63,6 +68,8 @@ class RunningBatch:
         self.temperature = torch.zeros(rows)
         self.top_p = torch.ones(rows)
         self.top_k = torch.full((rows,), -1)
+        self.routed: Tensor | None = None
+        """[rows, tokens, MoE layers, topk] int16, while a sequence that wants its routing is here."""
 
     _PER_TOKEN = ("tokens", "logprobs", "versions")
     _PER_ROW = ("length", "prompt_length", "limit", "seed", "temperature", "top_p", "top_k")
@@ -89,10 +96,12 @@ class RunningBatch:
         for row, sequence in enumerate(joining, start=first):
             self.tokens[row, : len(sequence.prompt)] = torch.from_numpy(sequence.prompt)
         self.sequences += joining
-        self.fill(model, range(first, self.count))
+        self._make_routed(model)
+        self.fill(model, range(first, self.count), new=True)
 
-    def fill(self, model: ReferenceModel, rows: range) -> None:
-        """Compute the cache of ``rows`` under this model; equal contexts (a prompt group) are computed once."""
+    def fill(self, model: ReferenceModel, rows: range, *, new: bool = False) -> None:
+        """Compute the cache of ``rows`` under this model; equal contexts (a prompt group) are computed once.
+        new: these rows have never been computed."""
         sharing: dict[bytes, list[int]] = {}
         for row in rows:
             context = self.tokens[row, : int(self.length[row]) - 1].numpy().tobytes()
@@ -108,15 +117,25 @@ class RunningBatch:
             targets = torch.tensor([row for context in chunk for row in sharing[context]])
             sources = torch.tensor([i for i, context in enumerate(chunk) for _ in sharing[context]])
             first_rows = torch.tensor([sharing[context][0] for context in chunk])
-            model.prefill(self.cache, self.tokens[first_rows, : len(chunk[-1]) // 8], targets, sources)
+            tokens = self.tokens[first_rows, : len(chunk[-1]) // 8]
+            with self._recording(model, wanted=new) as experts:
+                model.prefill(self.cache, tokens, targets, sources)
+            if experts and self.routed is not None:
+                by_prompt = torch.stack(experts, 1).unflatten(0, tokens.shape)
+                # What padding writes beyond a context, its tokens overwrite when they come.
+                self.routed[targets, : tokens.shape[1]] = by_prompt[sources].short()
 
     def decode(self, model: ReferenceModel, version: int) -> list[tuple[Sequence, Result]]:
         """Sample one token for every row; returns the sequences that ended with it."""
         count = self.count
         self._reserve(count, int(self.length[:count].max()) + 1, 0)
         rows, length = torch.arange(count), self.length[:count]
-        logits = model.decode(self.cache, self.tokens[rows, length - 1], length - 1)
-        draws = uniforms(self.seed[:count].numpy().view(np.uint64), (length - self.prompt_length[:count]).numpy())
+        with self._recording(model) as experts:
+            logits = model.decode(self.cache, self.tokens[rows, length - 1], length - 1)
+        if experts and self.routed is not None:
+            self.routed[rows, length - 1] = torch.stack(experts, 1).short()
+        # By the place in prompt + response: a response sent again as part of a prompt goes on with its own draws.
+        draws = uniforms(self.seed[:count].numpy().view(np.uint64), length.numpy())
         sampling = SamplingRows(self.temperature[:count], self.top_p[:count], self.top_k[:count])
         tokens, logprobs = sample(logits, sampling, torch.from_numpy(draws))
         self.tokens[rows, length] = tokens
@@ -145,16 +164,31 @@ class RunningBatch:
                 values = getattr(self, name)
                 values[targets] = values[sources]
             self.cache.move(sources, targets)
+            if self.routed is not None:
+                self.routed[targets] = self.routed[sources]
+        if not any(sequence.routing for sequence in self.sequences):
+            self.routed = None
         return ended
+
+    def _recording(self, model: ReferenceModel, wanted: bool = True) -> AbstractContextManager[list[Tensor]]:
+        return nullcontext([]) if self.routed is None or not wanted else model.routers.recording()
+
+    def _make_routed(self, model: ReferenceModel) -> None:
+        """Room for routing where a sequence wants it and there is none yet."""
+        shape = model.routers.shape
+        if self.routed is None and shape is not None and any(sequence.routing for sequence in self.sequences):
+            self.routed = torch.zeros(*self.tokens.shape, len(shape.moe_layers), shape.topk, dtype=torch.int16)
 
     def _result(self, row: int, reason: FinishReason, version: int) -> Result:
         span = slice(int(self.prompt_length[row]), int(self.length[row]))
+        routed = self.routed if self.sequences[row].routing else None
         return Result(
             tokens=self.tokens[row, span].numpy().copy(),
             logprobs=self.logprobs[row, span].numpy().copy(),
             versions=self.versions[row, span].numpy().copy(),
             finish_reason=reason,
             version=version,
+            routed_experts=None if routed is None else routed[row, : int(self.length[row]) - 1].numpy().copy(),
         )
 
     def _reserve(self, rows: int, tokens: int, stops: int) -> None:
@@ -167,6 +201,8 @@ class RunningBatch:
             for name in self._PER_ROW:
                 setattr(self, name, _grown(getattr(self, name), (rows,), 0))
             self.stop_ids = _grown(self.stop_ids, (rows, stops), -1)
+            if self.routed is not None:
+                self.routed = _grown(self.routed, (rows, tokens, *self.routed.shape[2:]), 0)
 
 
 def _grown(old: Tensor, shape: tuple[int, ...], fill: int) -> Tensor:

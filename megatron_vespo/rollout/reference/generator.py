@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_vespo.rollout.protocol import PauseMode
 from megatron_vespo.rollout.reference.batch import Result, RunningBatch, Sequence
 from megatron_vespo.rollout.reference.model import PREFILL_TOKENS, ReferenceModel
 
@@ -31,8 +32,9 @@ class Generator(threading.Thread):
         self._batch = RunningBatch(model)
         self._waiting: deque[Sequence] = deque()
         self._to_score: list[Sequence] = []
-        self._paused = False
+        self._paused: PauseMode | None = None
         self._stale_cache = False
+        self._updating = False
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
 
@@ -42,19 +44,42 @@ class Generator(threading.Thread):
         """Each sequence's ``done`` gets its result."""
         self.call(lambda: self._accept(sequences))
 
-    def pause(self) -> Future[None]:
-        return self.call(lambda: self._set_paused(True))
+    def pause(self, mode: PauseMode) -> Future[None]:
+        return self.call(lambda: self._pause(mode))
 
     def resume(self) -> Future[None]:
-        return self.call(lambda: self._set_paused(False))
+        return self.call(self._resume)
 
     def abort(self, rid: str | None) -> Future[None]:
         """End the sequence of that name, or all; they return what they have."""
         return self.call(lambda: self._abort(rid))
 
-    def swap(self, model: ReferenceModel, version: int) -> Future[None]:
-        """Go on under other weights: running sequences keep their tokens, and their keys are computed anew."""
-        return self.call(lambda: self._swap(model, version))
+    def swap(self, model: ReferenceModel, version: int, recompute: bool = True) -> Future[None]:
+        """Go on under other weights: running sequences keep their tokens, and with ``recompute`` their keys are
+        computed anew. That raises ValueError in a pause that keeps them in place, as SGLang refuses it."""
+        return self.call(lambda: self._swap(model, version, recompute))
+
+    def describe(self) -> Future[dict[str, Any]]:
+        """Answered between two steps: a sign of life."""
+        return self.call(
+            lambda: {
+                "running": self._batch.count,
+                "waiting": len(self._waiting),
+                "paused": self._paused,
+                "weight_version": str(self.version),
+            }
+        )
+
+    def begin_update(self) -> Future[ReferenceModel]:
+        """Stand still, scoring included: the caller may write the weights until ``end_update``. Needs a pause."""
+        return self.call(self._begin_update)
+
+    def end_update(self) -> Future[None]:
+        """Move again, running sequences with their keys computed anew."""
+        return self.call(self._end_update)
+
+    def set_version(self, version: int) -> Future[None]:
+        return self.call(lambda: setattr(self, "version", version))
 
     def call(self, command: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -95,9 +120,13 @@ class Generator(threading.Thread):
                 future.set_exception(error)
 
     def _has_work(self) -> bool:
+        if self._updating:
+            return False
         return bool(self._to_score) or (not self._paused and bool(self._batch.count or self._waiting))
 
     def _advance(self) -> None:
+        if self._updating:
+            return
         if self._to_score:
             self._score()
         if self._paused:
@@ -134,11 +163,35 @@ class Generator(threading.Thread):
             else:
                 self._waiting.append(sequence)
 
-    def _set_paused(self, paused: bool) -> None:
-        self._paused = paused
+    def _pause(self, mode: PauseMode) -> None:
+        self._paused = mode
+        if mode == "abort":
+            self._abort(None)
 
-    def _swap(self, model: ReferenceModel, version: int) -> None:
-        self.model, self.version, self._stale_cache = model, version, True
+    def _resume(self) -> None:
+        self._paused = None
+
+    def _swap(self, model: ReferenceModel, version: int, recompute: bool) -> None:
+        if recompute and self._paused == "in_place" and self._batch.count:
+            raise ValueError(
+                f"{self._batch.count} responses are paused in place and keep the old weights' keys: flush_cache must "
+                "be false, or the pause of mode retract"
+            )
+        self.model, self.version = model, version
+        self._stale_cache = self._stale_cache or recompute
+
+    def _begin_update(self) -> ReferenceModel:
+        if not self._paused:
+            raise ValueError("pause_generation must come before begin_weight_update")
+        if self._updating:
+            raise ValueError("a weight update is open already; end_weight_update ends it")
+        self._updating = True
+        return self.model
+
+    def _end_update(self) -> None:
+        if not self._updating:
+            raise ValueError("no weight update is open")
+        self._updating, self._stale_cache = False, True
 
     def _abort(self, rid: str | None) -> None:
         rows = [row for row, sequence in enumerate(self._batch.sequences) if rid in (None, sequence.rid)]

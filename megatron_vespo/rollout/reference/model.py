@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from megatron_vespo.rollout.reference.precision import Fp8, round_inputs, round_key_values, round_weights
+from megatron_vespo.rollout.reference.routing import Routers
 
+LOADING = threading.Lock()
+"""transformers patches torch's and its own functions while it loads: two threads at once could leave them so."""
 PREFILL_TOKENS = 8192
 """Padded tokens in one prefill or scoring forward; bounds its memory."""
 
@@ -143,9 +147,10 @@ class ReferenceModel:
         self.context_length = _context_length(self.config, context_length)
         if self.fp8.key_values and getattr(self.config, "kv_lora_rank", None):
             raise ValueError(f"{folder}: this model caches a latent, which the reference engine cannot keep in fp8")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="vespo_reference", output_loading_info=True
-        )
+        with LOADING:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="vespo_reference", output_loading_info=True
+            )
         model, info = loaded
         # transformers fills what the files lack with random numbers and only warns.
         if info["missing_keys"] or info["mismatched_keys"]:
@@ -154,6 +159,7 @@ class ReferenceModel:
                 f"checkpoint {folder} lacks or mis-shapes {len(wrong)} tensors, the first: {wrong[0]}; export it again"
             )
         self.module = model.eval().requires_grad_(False)
+        self.routers = Routers(model)
         if self.fp8.weights:
             round_weights(self.module)
         if self.fp8.activations:

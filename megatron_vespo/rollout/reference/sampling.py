@@ -29,7 +29,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """[rows] float64 in [0, 1), a pure function of each row's seed (uint64) and response position."""
+    """[rows] float64 in [0, 1), a pure function of each row's seed (uint64) and the token's place in its sequence."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     streams = _mix((seeds.astype(np.uint64) + np.uint64(1)) * golden)
     draws = _mix(streams + (positions.astype(np.uint64) + np.uint64(1)) * golden)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,17 @@ import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from megatron_vespo.rollout.protocol import PauseMode
 from megatron_vespo.rollout.reference.batch import Result, Sequence
+from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
-
-
-class Body(BaseModel):
-    # A field of SGLang's that this engine would ignore is refused: silence would be a wrong answer.
-    model_config = ConfigDict(extra="forbid")
+from megatron_vespo.rollout.reference.weights import WeightUpdates, weight_routes
+from megatron_vespo.rollout.routing import encode_routing
+from megatron_vespo.samples.records import RoutingShape
 
 
 class SamplingBody(Body):
@@ -39,6 +42,7 @@ class GenerateBody(Body):
     rid: list[str]
     return_logprob: bool = False
     logprob_start_len: int = -1
+    return_routed_experts: bool = False
 
 
 class UpdateBody(Body):
@@ -48,7 +52,7 @@ class UpdateBody(Body):
 
 
 class PauseBody(Body):
-    mode: str = "retract"
+    mode: PauseMode = "abort"
 
 
 class AbortBody(Body):
@@ -56,24 +60,35 @@ class AbortBody(Body):
     abort_all: bool = False
 
 
-def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> FastAPI:
-    """Routes over a running generator. ``random_seed`` starts the seeds of requests that bring none."""
+def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: str | None = None) -> FastAPI:
+    """Routes over a running generator. ``random_seed`` starts the seeds of requests that bring none. With a ``key``
+    only /health answers a request that does not bear it."""
     app = FastAPI(openapi_url=None)
+    updates = WeightUpdates(generator)
+    app.include_router(weight_routes(updates))
     unseeded = itertools.count(random_seed << 32)
+    if key is not None:
+        app.add_middleware(KeyCheck, key=key)
 
     @app.exception_handler(Exception)
     def failed(_: Request, error: Exception) -> JSONResponse:
-        return _refusal(500, repr(error))
+        return refusal(500, repr(error))
 
     @app.get("/health")
     def health() -> Response:
         if generator.failure is not None:
-            return _refusal(503, f"the generator thread has died: {generator.failure!r}")
+            return refusal(503, f"the generator thread has died: {generator.failure!r}")
         return Response()
 
     @app.get("/model_info")
     def model_info() -> JSONResponse:
         return JSONResponse({"weight_version": str(generator.version)})
+
+    @app.get("/server_info")
+    async def server_info() -> JSONResponse:
+        said = await asyncio.wrap_future(generator.describe())
+        routes = generator.model.routers.shape is not None
+        return JSONResponse(said | {"tp_size": 1, "enable_return_routed_experts": routes})
 
     @app.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> JSONResponse:
@@ -85,7 +100,8 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
             if pending and await request.is_disconnected():
                 for sequence in sequences:
                     generator.abort(sequence.rid)
-        return JSONResponse([_answer(sequence, sequence.done.result()) for sequence in sequences])
+        shape = generator.model.routers.shape
+        return JSONResponse([_answer(sequence, sequence.done.result(), shape) for sequence in sequences])
 
     @app.post("/update_weights_from_disk")
     async def update_weights_from_disk(body: UpdateBody) -> JSONResponse:
@@ -95,16 +111,18 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
             now = generator.model
             model = await asyncio.to_thread(ReferenceModel, body.model_path, dtype, now.context_length, now.fp8)
             _check_same_shape(generator.model, model)
+            checksums = await asyncio.to_thread(updates.replaced_by, body.model_path)
         except (ValueError, OSError) as error:
-            return _refusal(400, str(error))
-        await asyncio.wrap_future(generator.swap(model, version))
-        return JSONResponse({"success": True, "message": f"weights of {body.model_path} are version {version}"})
+            return refusal(400, str(error))
+        try:
+            await asyncio.wrap_future(generator.swap(model, version, recompute=body.flush_cache))
+        except ValueError as error:
+            return refusal(400, str(error))
+        return JSONResponse({"success": True, "message": json.dumps({"checksums": checksums})})
 
     @app.post("/pause_generation")
     async def pause_generation(body: PauseBody) -> Response:
-        if body.mode != "retract":
-            raise HTTPException(400, f"the reference engine pauses with mode 'retract' only, not {body.mode!r}")
-        await asyncio.wrap_future(generator.pause())
+        await asyncio.wrap_future(generator.pause(body.mode))
         return Response()
 
     @app.post("/continue_generation")
@@ -121,17 +139,32 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int) -> Fas
     return app
 
 
-def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message}}, status_code=status)
+class KeyCheck:
+    """Refuses what does not bear the key. Plain ASGI: FastAPI's own middleware hides a client's disconnection."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.expected = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.expected):
+                await refusal(401, "this engine wants a key")(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.count) -> list[Sequence]:
     if not len(body.input_ids) == len(body.sampling_params) == len(body.rid):
         raise HTTPException(400, "input_ids, sampling_params and rid differ in length")
+    if body.return_routed_experts and model.routers.shape is None:
+        raise HTTPException(400, "return_routed_experts: the model has no routers that this engine knows")
     sequences = []
     for rid, prompt, sampling in zip(body.rid, body.input_ids, body.sampling_params, strict=True):
         if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
             raise HTTPException(400, f"{rid}: input_ids are empty or outside the vocabulary of {model.vocab_size}")
+        if body.return_routed_experts and not sampling.max_new_tokens:
+            raise HTTPException(400, f"{rid}: return_routed_experts with max_new_tokens 0; this engine scores without")
         if len(prompt) + sampling.max_new_tokens > model.context_length:
             raise HTTPException(
                 400,
@@ -148,12 +181,13 @@ def _sequences(body: GenerateBody, model: ReferenceModel, unseeded: itertools.co
                 top_k=sampling.top_k,
                 stop_token_ids=() if sampling.ignore_eos else (*sampling.stop_token_ids, *model.eos_token_ids),
                 seed=next(unseeded) if sampling.sampling_seed is None else sampling.sampling_seed,
+                routing=body.return_routed_experts,
             )
         )
     return sequences
 
 
-def _answer(sequence: Sequence, result: Result) -> dict[str, Any]:
+def _answer(sequence: Sequence, result: Result, shape: RoutingShape | None) -> dict[str, Any]:
     """SGLang's shape: log-probs as [logprob, token, text], version spans over the response."""
     finish: dict[str, Any] = {"type": result.finish_reason}
     if result.finish_reason == "stop":
@@ -171,6 +205,8 @@ def _answer(sequence: Sequence, result: Result) -> dict[str, Any]:
     if result.prompt_logprobs is not None:
         scored = zip([None, *result.prompt_logprobs.tolist()], sequence.prompt.tolist(), strict=True)
         meta["input_token_logprobs"] = [[logprob, token, None] for logprob, token in scored]
+    if result.routed_experts is not None and shape is not None:
+        meta["routed_experts"] = encode_routing(result.routed_experts, shape)
     return {"output_ids": tokens, "meta_info": meta}
 
 

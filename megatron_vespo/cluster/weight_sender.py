@@ -1,0 +1,72 @@
+"""The sending end of the weight sync: the transport that the config names, in rank 0 of the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from megatron_vespo import platform
+from megatron_vespo.cluster.ray_cluster import spans_nodes
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.rollout.protocol import EngineError
+from megatron_vespo.rollout.weight_routes import engine_weights
+from megatron_vespo.weights.sync import WeightTransport
+from megatron_vespo.weights.transports.broadcast import Broadcast
+from megatron_vespo.weights.transports.disk import DiskTransport
+from megatron_vespo.weights.transports.shared_memory import SharedMemory
+from megatron_vespo.weights.transports.streamed import StreamedTransport
+
+MIB = 1 << 20
+
+
+class WeightSender:
+    """Keeps the transport, and what it remembers for deltas, as long as the engines are the same."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._urls: tuple[str, ...] = ()
+        self._transport: WeightTransport | None = None
+
+    def to(self, urls: Sequence[str], key: str | None) -> WeightTransport:
+        """The transport to these engines. One that was restarted has another address, and all are connected anew."""
+        if self._transport is None or self._urls != tuple(urls):
+            if self._transport is not None:
+                with contextlib.suppress(EngineError):  # the one that is gone
+                    self._transport.close()
+            self._transport = build_transport(self.config, urls, key)
+            self._urls = tuple(urls)
+        return self._transport
+
+
+def build_transport(config: RunConfig, urls: Sequence[str], key: str | None = None) -> WeightTransport:
+    """``key``: the bearer token that the engines want."""
+    sync, rollout = config.sync, config.rollout
+    engines = [engine_weights(rollout.engine, url, rollout.request_timeout_s, key) for url in urls]
+    bucket_bytes = sync.bucket_mb * MIB
+    if sync.transport == "disk":
+        return DiskTransport(engines, sync_folder(config), config.model.path, bucket_bytes=bucket_bytes)
+    if sync.transport == "shared_memory":
+        return StreamedTransport(engines, SharedMemory(engines), bucket_bytes=bucket_bytes, delta=sync.delta)
+    here = platform.current()
+    on_cpu = rollout.engine == "reference"  # whatever the trainer runs on
+    channel = Broadcast(
+        engines,
+        address=ray.util.get_node_ip_address(),
+        backend="gloo" if on_cpu else here.distributed_backend,
+        device=here.device,
+        timeout_s=sync.timeout_s,
+    )
+    return StreamedTransport(engines, channel, bucket_bytes=bucket_bytes, delta=sync.delta)
+
+
+def sync_folder(config: RunConfig) -> Path:
+    """Where weights are handed over: memory that one node's processes share, or the run's folder between nodes."""
+    directory, shared = config.directory.resolve(), Path("/dev/shm")
+    if config.sync.folder is not None:
+        return config.sync.folder.resolve()
+    if spans_nodes(config) or not shared.is_dir():
+        return directory / "sync"
+    return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"

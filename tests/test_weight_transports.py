@@ -1,0 +1,265 @@
+"""Every transport brings a version into engines to the bit, and whatever goes wrong on the way is named.
+
+The engines are reference engines in this process, behind HTTP, so that what they compute with can be compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from engine_here import EngineHere, engine_here
+from rollout_checkpoints import save_checkpoint
+from safetensors.torch import load_file
+
+from megatron_vespo.rollout import EngineError, GenerateRequest, SamplingParams
+from megatron_vespo.weights.buckets import Bucket
+from megatron_vespo.weights.fp8 import dequantise_blocks, is_block_quantised, quantise_blocks
+from megatron_vespo.weights.sync import SyncError, WeightTransport
+from megatron_vespo.weights.transports.broadcast import Broadcast
+from megatron_vespo.weights.transports.disk import DiskTransport
+from megatron_vespo.weights.transports.shared_memory import SharedMemory
+from megatron_vespo.weights.transports.streamed import StreamedTransport
+
+Weights = dict[str, torch.Tensor]
+STREAMED = ("broadcast", "shared_memory")
+SMALL = 200_000
+"""Bytes of a bucket: a fifth of the model, less than its largest tensors do not exist for it."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return save_checkpoint(root / "first", seed=1), save_checkpoint(root / "second", seed=2)
+
+
+@pytest.fixture(scope="module")
+def engines(folders: tuple[Path, Path]) -> Iterator[list[EngineHere]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(engine_here(folders[0])) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def versions(folders: tuple[Path, Path]) -> list[Weights]:
+    """Two that have nothing in common, and the second with a few elements nudged."""
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    generator = torch.Generator().manual_seed(1)
+    third = {name: tensor.clone() for name, tensor in second.items()}
+    for tensor in third.values():
+        tensor.view(torch.int32)[torch.rand(tensor.shape, generator=generator) < 0.02] += 1
+    return [first, second, third]
+
+
+def transport_to(
+    kind: str, engines: list[EngineHere], tmp_path: Path, source: Path, timeout_s: float = 20, **options: Any
+) -> WeightTransport:
+    weights = [engine.weights for engine in engines]
+    if kind == "disk":
+        return DiskTransport(weights, tmp_path / "sync", source)
+    cpu = torch.device("cpu")
+    channel = {
+        "broadcast": lambda: Broadcast(weights, address="127.0.0.1", backend="gloo", device=cpu, timeout_s=timeout_s),
+        "shared_memory": lambda: SharedMemory(weights),
+    }[kind]()
+    return StreamedTransport(weights, channel, bucket_bytes=SMALL, **options)
+
+
+def differing(engine: EngineHere, expected: Weights) -> list[str]:
+    found = engine.tensors()
+    assert found.keys() == expected.keys()
+    return [
+        name
+        for name, tensor in expected.items()
+        if not np.array_equal(tensor.contiguous().view(torch.uint8), found[name].contiguous().view(torch.uint8))
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind,delta", [("disk", False), *((kind, delta) for kind in STREAMED for delta in (False, True))]
+)
+def test_engines_hold_each_version_to_the_bit(
+    kind: str,
+    delta: bool,
+    engines: list[EngineHere],
+    versions: list[Weights],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    options = {} if kind == "disk" else {"delta": delta}
+    transport = transport_to(kind, engines, tmp_path, folders[0], **options)
+    sent = []
+    for version, index in enumerate((1, 2, 2, 0), start=10):
+        report = transport.publish(version, iter(versions[index].items()))
+        for engine in engines:
+            assert differing(engine, versions[index]) == []
+            assert engine.generator.version == version == report.version and not engine.generator._paused
+        assert report.tensors == report.checked == len(versions[index])
+        assert report.full_bytes >= sum(tensor.nbytes for tensor in versions[index].values())
+        sent.append(report.bytes / report.full_bytes)
+    if delta:
+        # 2% of elements changed by a unit in the last place: a byte for the gap, one for the change, of 4.
+        assert sent == [1, pytest.approx(0.01, rel=0.3), 0, pytest.approx(1, rel=0.01)]
+    else:
+        assert sent == [1, 1, 1, 1]
+    transport.close()
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_fp8_halves_what_is_sent_and_arrives_as_blocks(
+    kind: str, versions: list[Weights], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    wide = save_checkpoint(
+        tmp_path / "wide", seed=3, hidden_size=128, moe_intermediate_size=192, num_hidden_layers=1, num_experts=2
+    )
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(wide / "model.safetensors").items()}
+    with engine_here(wide, torch.bfloat16) as engine:
+        transport = transport_to(kind, [engine], tmp_path, wide, fp8=True)
+        report = transport.publish(1, iter(tensors.items()))
+        rounded = {
+            name: dequantise_blocks(*quantise_blocks(tensor), torch.bfloat16) if is_block_quantised(name) else tensor
+            for name, tensor in tensors.items()
+        }
+        assert differing(engine, rounded) == []
+        assert any(not torch.equal(rounded[name], tensors[name]) for name in rounded)
+        linear = sum(tensor.nbytes for name, tensor in tensors.items() if is_block_quantised(name))
+        rest = sum(tensor.nbytes for tensor in tensors.values()) - linear
+        assert linear / 2 < report.bytes - rest < linear / 2 * 1.001 + 4 * 2 * len(tensors)
+        assert report.checked == report.tensors > len(tensors)
+        transport.close()
+
+
+def test_an_engine_that_missed_a_version_gets_all_of_the_next_one(
+    engines: list[EngineHere], versions: list[Weights], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It was restarted: its address is the same, its memory is not."""
+    transport = transport_to("shared_memory", engines, tmp_path, folders[0], delta=True)
+    transport.publish(1, iter(versions[1].items()))
+    engines[1].engine.update_weights_from_disk(folders[0], 0)
+    report = transport.publish(2, iter(versions[2].items()))
+    assert report.bytes == report.full_bytes
+    assert differing(engines[0], versions[2]) == differing(engines[1], versions[2]) == []
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_a_tensor_damaged_on_the_way_is_named_and_nobody_samples_from_it(
+    kind: str,
+    engines: list[EngineHere],
+    versions: list[Weights],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transport = transport_to(kind, engines, tmp_path, folders[0])
+    assert isinstance(transport, StreamedTransport)
+    transport.publish(1, iter(versions[0].items()))
+    send, victim = transport.channel.send, "model.layers.1.mlp.experts.5.up_proj.weight"
+
+    def damaging(bucket: Bucket) -> None:
+        start = 0
+        for spec in bucket.specs:
+            if spec.name == victim:
+                bucket.flat[start + spec.nbytes // 2] ^= 4
+            start += spec.nbytes
+        send(bucket)
+
+    monkeypatch.setattr(transport.channel, "send", damaging)
+    with pytest.raises(SyncError, match=rf"{victim} was sent with checksum .* at http://127.* 1 of 69 tensors differ"):
+        transport.publish(2, iter(versions[1].items()))
+    for engine in engines:
+        assert engine.generator._paused and engine.generator.version == 1
+    monkeypatch.undo()
+    transport.publish(3, iter(versions[1].items()))
+    assert differing(engines[0], versions[1]) == []
+    transport.close()
+
+
+def test_a_file_damaged_on_the_way_is_named(
+    engines: list[EngineHere], versions: list[Weights], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    engine = engines[1]
+    transport = transport_to("disk", [engine], tmp_path, folders[0])
+    load_folder = engine.weights.load_folder
+
+    def damaging(folder: Path, version: int) -> Any:
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 4
+        file.write_bytes(content)
+        return load_folder(folder, version)
+
+    engine.weights.load_folder = damaging  # type: ignore[method-assign]
+    try:
+        with pytest.raises(SyncError, match=r"model\.norm\.weight was sent .* and is at .* 1 of 69 tensors differ"):
+            transport.publish(2, iter(versions[1].items()))
+        assert engine.generator._paused
+    finally:
+        del engine.weights.load_folder
+        engine.engine.resume()
+
+
+def test_the_engine_that_does_not_come_to_a_broadcast_is_named(
+    engines: list[EngineHere], versions: list[Weights], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    transport = transport_to("broadcast", engines, tmp_path, folders[0], timeout_s=2)
+    engines[1].weights.join_broadcast = lambda *_: time.sleep(60)  # type: ignore[method-assign]
+    started = time.monotonic()
+    try:
+        with pytest.raises(SyncError) as error:
+            transport.publish(1, iter(versions[0].items()))
+    finally:
+        del engines[1].weights.join_broadcast
+    assert str(error.value).startswith(f"{engines[1].engine.url} did not join the broadcast of weights within 2 s")
+    assert engines[0].engine.url not in str(error.value)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_what_an_engine_refuses_ends_the_sync_at_once(
+    kind: str, engines: list[EngineHere], versions: list[Weights], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    transport = transport_to(kind, engines, tmp_path, folders[0])
+    for wrong, message in (
+        ({"model.layers.9.mlp.gate.weight": torch.ones(2)}, r"layers\.9\.mlp\.gate\.weight: this model has no such"),
+        ({"model.norm.weight": torch.ones(2)}, r"model\.norm\.weight: came as \[2\], is \[64\] here"),
+    ):
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=rf"127\.0\.0\.1:\d+ refused (?s:.)*{message}"):
+            transport.publish(1, iter({**versions[0], **wrong}.items()))
+        assert time.monotonic() - started < 15
+        for engine in engines:
+            engine.weights.end_update()
+            engine.engine.resume()
+
+
+def test_weights_move_only_while_the_engine_stands_still(engines: list[EngineHere]) -> None:
+    """An update needs a pause; scores that are asked for during it wait for its end."""
+    engine = engines[0]
+    with pytest.raises(EngineError, match="pause_generation must come before"):
+        engine.weights.begin_update()
+    engine.engine.pause()
+    engine.weights.begin_update()
+    with pytest.raises(EngineError, match="is open already"):
+        engine.weights.begin_update()
+    engine.engine.resume()
+    sampling = SamplingParams(max_tokens=2)
+    with httpx.Client(base_url=engine.engine.url, timeout=1.0) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(
+            "/generate",
+            json={"input_ids": [[5, 6, 7]], "sampling_params": [{"max_new_tokens": 0}], "rid": ["s"]},
+        )
+    engine.weights.end_update()
+    with pytest.raises(EngineError, match="no weight update is open"):
+        engine.weights.end_update()
+    assert len(engine.engine.score([np.array([5, 6, 7], np.int32)])[0]) == 2
+    ((got,),) = engine.engine.generate([GenerateRequest("after", np.array([5], np.int32), sampling)])
+    assert len(got.tokens) == 2
