@@ -12,8 +12,9 @@ delta N%        broadcast, N% of all elements changed by a unit in the last plac
 The shape is Qwen3-30B-A3B's in small: many experts, and so many tensors. The sender has whole HF tensors, as one rank's
 export gives them: what is gathered over ranks before is not measured here (docs/weights.md). The engine is the
 reference engine in a process of its own, with bfloat16 weights. Seconds are the best of the repeats, from the first
-pause to the last resume, checksums included at both ends. Memory is the peak above what the process held before (the
-weights; for deltas their copy, too): resident set, in which memory shared with the other process counts.
+pause to the last resume, checksums included at both ends; cpu s are those of both processes. Memory is the peak above
+what the process held before (the weights; for deltas their copy, too): resident set, in which memory shared with the
+other process counts.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def write_checkpoint(folder: Path, layers: int) -> dict[str, torch.Tensor]:
 
 def nudge(weights: dict[str, torch.Tensor], share: float, generator: torch.Generator) -> None:
     for tensor in weights.values():
-        step = torch.randint(0, 2, tensor.shape, dtype=torch.int16, generator=generator) * 2 - 1
-        tensor.view(torch.int16).add_(step * (torch.rand(tensor.shape, generator=generator) < share))
+        drawn = torch.empty(tensor.shape, dtype=torch.int16).random_(0, 1 << 15, generator=generator)
+        step = (drawn & 1) * 2 - 1
+        tensor.view(torch.int16).add_(step.mul_(drawn < share * (1 << 15)))
 
 
 def transport_of(row: str, engines: list[EngineWeights], folder: Path) -> WeightTransport:
@@ -92,22 +94,28 @@ def transport_of(row: str, engines: list[EngineWeights], folder: Path) -> Weight
 
 
 class Watched:
-    """Peak memory of another process above what it held when the watch began."""
+    """Another process since the watch began: peak memory above what it held then, processor time. See proc(5)."""
 
     def __init__(self, pid: int) -> None:
-        self.status, self.reset = Path(f"/proc/{pid}/status"), Path(f"/proc/{pid}/clear_refs")
+        self.folder = Path(f"/proc/{pid}")
 
     def start(self) -> None:
-        self.reset.write_text("5")  # proc(5)
-        self.before = self._field("VmRSS")
+        (self.folder / "clear_refs").write_text("5")
+        self.memory, self.cpu = self._field("VmRSS"), self._cpu_s()
 
     def rise(self) -> int:
-        return self._field("VmHWM") - self.before
+        return self._field("VmHWM") - self.memory
+
+    def cpu_s(self) -> float:
+        return self._cpu_s() - self.cpu
 
     def _field(self, name: str) -> int:
-        return (
-            next(int(line.split()[1]) for line in self.status.read_text().splitlines() if line.startswith(name)) * 1024
-        )
+        lines = (self.folder / "status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+    def _cpu_s(self) -> float:
+        fields = (self.folder / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(row: str, layers: int, repeats: int) -> dict[str, Any]:
@@ -141,11 +149,12 @@ def synced(
         nudge(weights, share, generator)
         reset_peak()
         watched.start()
-        before = held_bytes()
+        before, cpu = held_bytes(), time.process_time()
         report: SyncReport = transport.publish(version, iter(weights.items()))
         assert report.checked == report.tensors
         yield {
             "seconds": report.seconds,
+            "cpu": time.process_time() - cpu + watched.cpu_s(),
             "bytes": report.bytes,
             "sender": peak_bytes() - before,
             "engine": watched.rise(),
@@ -157,13 +166,15 @@ def copied(weights: dict[str, torch.Tensor], repeats: int) -> dict[str, Any]:
     """Into memory that is there already, as an engine's is."""
     copies = {name: tensor.clone() for name, tensor in weights.items()}
     seconds = []
+    cpu = time.process_time()
     for _ in range(repeats):
         start = time.perf_counter()
         for name, tensor in weights.items():
             copies[name].copy_(tensor)
         seconds.append(time.perf_counter() - start)
     size = sum(tensor.nbytes for tensor in weights.values())
-    return {"seconds": min(seconds), "bytes": size, "sender": 0, "engine": 0, "tensors": len(weights)}
+    cpu = (time.process_time() - cpu) / repeats
+    return {"seconds": min(seconds), "cpu": cpu, "bytes": size, "sender": 0, "engine": 0, "tensors": len(weights)}
 
 
 def main() -> None:
@@ -191,10 +202,12 @@ def main() -> None:
             print(
                 f"{first['bytes'] / 1e9:.2f} GB of bfloat16 in {first['tensors']} tensors, buckets of {BUCKET // MIB} "
                 f"MiB, one core at each end, torch {torch.__version__}\n"
-                f"{'':15}{'seconds':>8}{'x copy':>8}{'MB sent':>9}{'of all':>8}{'sender MB':>11}{'engine MB':>11}"
+                f"{'':15}{'seconds':>8}{'x copy':>8}{'cpu s':>8}{'x copy':>8}{'MB sent':>9}{'of all':>8}"
+                f"{'sender MB':>11}{'engine MB':>11}"
             )
         print(
-            f"{row:15}{found['seconds']:8.2f}{found['seconds'] / first['seconds']:8.1f}{found['bytes'] / 1e6:9.1f}"
+            f"{row:15}{found['seconds']:8.2f}{found['seconds'] / first['seconds']:8.1f}"
+            f"{found['cpu']:8.2f}{found['cpu'] / first['cpu']:8.1f}{found['bytes'] / 1e6:9.1f}"
             f"{found['bytes'] / first['bytes']:8.1%}{found['sender'] / 1e6:11.0f}{found['engine'] / 1e6:11.0f}",
             flush=True,
         )

@@ -87,7 +87,7 @@ def test_a_run_on_engines_that_someone_else_started_survives_the_loss_of_one(
         assert main(["train", str(config), override]) == 2, "the key is missing, and nothing was started"
         monkeypatch.setenv("THEIR_KEY", "wrong")
         code, _, err = train(config, override)
-        assert code == 1 and "HTTP 401" in err and "rollout.urls_key_env" in err
+        assert code == 1 and "HTTP 401" in err and "rollout.urls_key_env" in err, err
         monkeypatch.setenv("THEIR_KEY", KEY)
         process = start(config, override, "train.steps=6")
         wait_until(lambda: len(records(tmp_path / "run")) > 1, 300, "first step")

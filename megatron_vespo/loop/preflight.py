@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +23,6 @@ from megatron_vespo.rollout.precision import refusal
 from megatron_vespo.rollout.protocol import EngineError
 
 GIB = 1 << 30
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
@@ -197,10 +197,17 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _check_sync(config: RunConfig) -> None:
     """Transports that cannot reach the engines."""
     sync = config.sync
-    elsewhere = [url for url in config.rollout.urls if urlsplit(url).hostname not in LOOPBACK]
+    elsewhere = [url for url in config.rollout.urls if not _is_loopback(urlsplit(url).hostname or "")]
     if sync.delta and sync.transport == "disk":
         raise ConfigError(
             "sync.delta = true with sync.transport = disk: a folder holds whole weights; "

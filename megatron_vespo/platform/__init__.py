@@ -24,6 +24,9 @@ class Platform(Protocol):
     def device(self) -> torch.device:
         """Where this process keeps its tensors."""
 
+    holds_what_it_sends: bool
+    """Whether a tensor's memory may be given up while a send of it is under way (gloo reads whatever is there then)."""
+
     accelerators_per_rank: int
     """GPUs that a trainer rank, or a tensor-parallel rank of an engine, takes of its node."""
 

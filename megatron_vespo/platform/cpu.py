@@ -14,6 +14,7 @@ class CpuPlatform:
     name: PlatformName = "cpu"
     distributed_backend: DistributedBackend = "gloo"
     accelerators_per_rank = 0
+    holds_what_it_sends = False
 
     @property
     def layer_spec_kind(self) -> LayerSpecKind:

@@ -14,6 +14,7 @@ class CudaPlatform:
     name: PlatformName = "cuda"
     distributed_backend: DistributedBackend = "nccl"
     accelerators_per_rank = 1
+    holds_what_it_sends = True  # streams and record_stream see to it
 
     @property
     def layer_spec_kind(self) -> LayerSpecKind:

@@ -128,7 +128,9 @@ def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: 
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # packed rows differ in length
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # Where sends overlap with compute, the interleaved schedule gives the output up before it has left.
+        deallocate_pipeline_outputs=layout.pipeline > 1
+        and (layout.virtual_pipeline is None or platform.current().holds_what_it_sends),
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of different lengths, in dense models too
         # Between two stages, both directions of the interleaved schedule join the same two ranks; a batch of sends and
         # receives is matched in order there, and activations arrive in place of gradients. Apart, they are not mixed.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,7 +49,7 @@ class Delta:
 def encode(old: torch.Tensor, new: torch.Tensor) -> Delta | None:
     """The delta from ``old`` to ``new`` (same dtype, shape and device), or None where all of ``new`` is not larger."""
     before, after = _integers(old), _integers(new)
-    places = (before != after).nonzero().squeeze(1)
+    places = _places(before, after)
     if 2 * len(places) >= new.nbytes:  # two bytes each at least
         return None
     # One size wider, a difference does not wrap; that of 64-bit integers does, and wraps back.
@@ -75,6 +76,13 @@ def apply(old: torch.Tensor, delta: Delta) -> None:
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
+
+
+def _places(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """int64 [changed]: where they differ."""
+    if before.is_cpu:  # numpy does it in a third of torch's time
+        return torch.from_numpy(np.flatnonzero(before.numpy() != after.numpy()))
+    return (before != after).nonzero().squeeze(1)
 
 
 def _reach(gap: torch.dtype) -> int:
