@@ -51,7 +51,7 @@ def test_engines_on_a_joined_cluster_listen_on_their_node_and_want_a_key(
     assert code == 1 and "set RAY_AUTH_MODE=token" in err
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     process = start(config, f"cluster.address={cluster}")
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 180, "first step")
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 300, "first step")
     engines = {
         pid: Path(f"/proc/{pid}/environ").read_text()
         for pid in processes_about(str(tmp_path))
@@ -90,7 +90,7 @@ def test_a_run_on_engines_that_someone_else_started_survives_the_loss_of_one(
         assert code == 1 and "HTTP 401" in err and "rollout.urls_key_env" in err, err
         monkeypatch.setenv("THEIR_KEY", KEY)
         process = start(config, override, "train.steps=6")
-        wait_until(lambda: len(records(tmp_path / "run")) > 1, 180, "first step")
+        wait_until(lambda: len(records(tmp_path / "run")) > 1, 300, "first step")
         lost = engines[0]._process
         assert lost is not None
         os.kill(max(lost.pids()), signal.SIGKILL)

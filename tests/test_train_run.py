@@ -170,9 +170,9 @@ def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
     config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
     process = start(config, f"sync.transport={transport}")
     log = tmp_path / "run" / "logs" / "rollout.log"
-    wait_until(lambda: len(records(tmp_path / "run")) > 0, 120, "first evaluation")
+    wait_until(lambda: len(records(tmp_path / "run")) > 0, 300, "first evaluation")
     kill_those(tmp_path, is_engine)
-    wait_until(lambda: log.read_text().count("runs again") == 1, 120, "first restart")
+    wait_until(lambda: log.read_text().count("runs again") == 1, 300, "first restart")
     kill_those(tmp_path, is_engine_host)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
@@ -187,7 +187,7 @@ def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
 
 def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
     process = start(make_run(tmp_path, train={"steps": 500}), "rollout.max_restarts=0")
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 300, "first step")
     kill_those(tmp_path, is_engine)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -198,7 +198,7 @@ def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothin
 @pytest.mark.parametrize("how", ["terminated", "ctrl-c", "killed"])
 def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path, how: str) -> None:
     process = start(make_run(tmp_path, train={"steps": 500}), new_session=True)
-    wait_until(lambda: len(records(tmp_path / "run")) > 1, 120, "first step")
+    wait_until(lambda: len(records(tmp_path / "run")) > 1, 300, "first step")
     # After a kill -9 two helpers of Ray's try for a minute or two to tell its dead head so, and then end too.
     family = {pid for pid in descendants(process.pid) if not (how == "killed" and is_ray_agent(pid))}
     assert len(family) > 6, "Ray, two ranks, a host and its engine, a grader"

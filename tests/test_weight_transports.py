@@ -19,7 +19,7 @@ from engine_here import EngineHere, engine_here
 from rollout_checkpoints import save_checkpoint
 from safetensors.torch import load_file
 
-from megatron_vespo.rollout import EngineError, GenerateRequest, SamplingParams
+from megatron_vespo.rollout import EngineDown, EngineError, GenerateRequest, SamplingParams
 from megatron_vespo.weights.buckets import Bucket
 from megatron_vespo.weights.fp8 import dequantise_blocks, is_block_quantised, quantise_blocks
 from megatron_vespo.weights.sync import SyncError, WeightTransport
@@ -241,6 +241,39 @@ def test_what_an_engine_refuses_ends_the_sync_at_once(
             engine.engine.resume()
 
 
+@pytest.mark.parametrize("delta", [False, True])
+def test_after_an_engine_died_in_the_middle_of_a_sync_the_others_take_the_next_attempt(
+    delta: bool,
+    engines: list[EngineHere],
+    versions: list[Weights],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transport = transport_to("shared_memory", engines, tmp_path, folders[0], delta=delta)
+    transport.publish(20, iter(versions[0].items()))
+    receive, buckets = engines[1].weights.receive_shared, iter(range(2))
+
+    def die(*arguments: Any) -> None:
+        if next(buckets) == 1:
+            raise EngineDown("it died")
+        receive(*arguments)
+
+    monkeypatch.setattr(engines[1].weights, "receive_shared", die)
+    stream = iter(versions[1].items())
+    with pytest.raises(EngineDown, match="it died"):
+        transport.publish(21, stream)
+    assert next(stream, None) is None, "the other ranks would wait for ever"
+    assert engines[0].generator._paused and engines[0].generator.version == 20
+
+    again = transport_to("shared_memory", engines[:1], tmp_path, folders[0], delta=delta)
+    again.publish(21, iter(versions[1].items()))
+    assert differing(engines[0], versions[1]) == [] and engines[0].generator.version == 21
+    monkeypatch.undo()
+    transport_to("shared_memory", engines, tmp_path, folders[0]).publish(22, iter(versions[0].items()))
+    assert differing(engines[1], versions[0]) == []
+
+
 def test_weights_move_only_while_the_engine_stands_still(engines: list[EngineHere]) -> None:
     """An update needs a pause; scores that are asked for during it wait for its end."""
     engine = engines[0]
@@ -249,7 +282,7 @@ def test_weights_move_only_while_the_engine_stands_still(engines: list[EngineHer
     engine.engine.pause()
     engine.weights.begin_update()
     with pytest.raises(EngineError, match="is open already"):
-        engine.weights.begin_update()
+        engine.engine.control("POST", "/begin_weight_update", {})
     engine.engine.resume()
     sampling = SamplingParams(max_tokens=2)
     with httpx.Client(base_url=engine.engine.url, timeout=1.0) as client, pytest.raises(httpx.ReadTimeout):

@@ -184,8 +184,8 @@ class Run:
                     report = self.trainers.publish(self.version, urls, self.engines.key)
                 break
             except EngineError:
-                if config.sync.transport != "disk":
-                    raise  # the ranks stand in the middle of a collective: nothing to go on from
+                if config.sync.transport == "broadcast":
+                    raise  # rank 0's device may stand in a broadcast that nobody ends
                 pool.find_dead()
                 if urls == [engine.url for engine in (*pool.engines, *pool.stale)]:
                     raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -53,6 +53,15 @@ class StreamedTransport:
         self.outgoing = Outgoing(delta=delta)
 
     def publish(self, version: int, tensors: Iterable[Named]) -> SyncReport:
+        tensors = iter(tensors)
+        try:
+            return self._publish(version, tensors)
+        except BaseException:
+            for _ in tensors:  # the other ranks gather along, and may be asked for the next attempt then
+                pass
+            raise
+
+    def _publish(self, version: int, tensors: Iterator[Named]) -> SyncReport:
         start = time.perf_counter()
         self.channel.open()
         on_each(self.engines, lambda engine: engine.pause())
