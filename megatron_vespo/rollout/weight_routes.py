@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_vespo.rollout.client import HttpEngine
+from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.weights.buckets import TensorSpec
 from megatron_vespo.weights.sync import Checksums, EngineWeights
 
@@ -51,6 +53,13 @@ class _HttpWeights:
         return self._told("/update_weights_from_disk", body).get("checksums")
 
     def begin_update(self) -> str | None:
+        try:
+            return self._told("/begin_weight_update", {}).get("kept")
+        except EngineError as error:
+            if "already open" not in str(error):
+                raise
+        with contextlib.suppress(EngineError):  # of what a sender that died had left
+            self.end_update()
         return self._told("/begin_weight_update", {}).get("kept")
 
     def end_update(self) -> Checksums | None:

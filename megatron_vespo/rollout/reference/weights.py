@@ -58,10 +58,10 @@ class WeightUpdates:
 
     def end(self) -> dict[str, str]:
         """Returns the checksum of each tensor that arrived."""
-        if self._unscaled:
-            raise ValueError(f"{next(iter(self._unscaled))}: came in fp8 and without its scales")
-        self._targets = None
+        unscaled, self._unscaled, self._targets = self._unscaled, {}, None
         self.generator.end_update().result()
+        if unscaled:
+            raise ValueError(f"{next(iter(unscaled))}: came in fp8 and without its scales")
         return self._arrivals.end()
 
     def join(self, name: str, address: str, port: int, rank: int, size: int) -> None:
