@@ -73,11 +73,12 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> Delta | None:
 
 def apply(old: torch.Tensor, delta: Delta) -> None:
     """Turn ``old`` (contiguous) into the new version, in place. Raises ValueError where the delta reaches beyond it."""
-    places = (delta.gaps.to(torch.int64) + 1).cumsum(0) - 1
+    assert old.is_contiguous(), "else a copy of it would be changed"
+    places = (delta.gaps.to(old.device, torch.int64) + 1).cumsum(0) - 1
     flat = _integers(old)
     if len(places) and int(places[-1]) >= len(flat):
         raise ValueError(f"a delta for at least {int(places[-1]) + 1} elements, the tensor has {len(flat)}")
-    flat[places] += delta.changes.to(flat.dtype)
+    flat[places] += delta.changes.to(flat)
 
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
