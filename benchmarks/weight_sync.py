@@ -13,8 +13,8 @@ The shape is Qwen3-30B-A3B's in small: many experts, and so many tensors. The se
 export gives them: what is gathered over ranks before is not measured here (docs/weights.md). The engine is the
 reference engine in a process of its own, with bfloat16 weights. Seconds are the best of the repeats, from the first
 pause to the last resume, checksums included at both ends; cpu s are those of both processes. Memory is the peak above
-what the process held before (the weights; for deltas their copy, too): resident set, in which memory shared with the
-other process counts.
+the weights themselves, buffers and kept copies included: resident set, in which memory shared with the other process
+counts.
 """
 
 from __future__ import annotations
@@ -143,13 +143,14 @@ def synced(
     row: str, transport: WeightTransport, weights: dict[str, torch.Tensor], watched: Watched, repeats: int
 ) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(2)
+    before = held_bytes()
     share = float(row.removeprefix("delta ").rstrip("%")) / 100 if row.startswith("delta") else 0.01
     transport.publish(0, iter(weights.items()))  # connects; for deltas, the version they are made against
     for version in range(1, repeats + 1):
         nudge(weights, share, generator)
         reset_peak()
         watched.start()
-        before, cpu = held_bytes(), time.process_time()
+        cpu = time.process_time()
         report: SyncReport = transport.publish(version, iter(weights.items()))
         assert report.checked == report.tensors
         yield {
@@ -157,7 +158,8 @@ def synced(
             "cpu": time.process_time() - cpu + watched.cpu_s(),
             "bytes": report.bytes,
             "sender": peak_bytes() - before,
-            "engine": watched.rise(),
+            # It was watched from after the first sync, which left a copy for deltas.
+            "engine": watched.rise() + (report.full_bytes if row.startswith("delta") else 0),
             "tensors": report.tensors,
         }
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
+from megatron_vespo.rollout.reference.parameters import parameters_by_hf_name
 from megatron_vespo.rollout.reference.precision import Fp8
 from megatron_vespo.rollout.reference.weights import WeightUpdates
 from megatron_vespo.weights.buckets import Named, fill_buckets
-from megatron_vespo.weights.fp8 import quantise_stream
+from megatron_vespo.weights.fp8 import dequantise_blocks, is_block_quantised, quantise_blocks, quantise_stream
 from megatron_vespo.weights.wire import Outgoing
 
 FP8 = Fp8(weights=True)
@@ -62,5 +63,10 @@ def test_buckets_and_deltas_are_rounded(updates: WeightUpdates, tmp_path: Path) 
 
 def test_weights_that_come_in_fp8_are_rounded_once(updates: WeightUpdates, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "second", seed=2, moe_intermediate_size=96)
-    send(updates, quantise_stream(load_file(folder / "model.safetensors").items()))
+    tensors = load_file(folder / "model.safetensors")
+    send(updates, quantise_stream(tensors.items()))
     assert_computes(updates, folder)
+    found = parameters_by_hf_name(updates.generator.model.module)
+    for name, tensor in tensors.items():
+        rounded = dequantise_blocks(*quantise_blocks(tensor)) if is_block_quantised(name) else tensor
+        assert torch.equal(found[name], rounded), f"{name} was rounded again"

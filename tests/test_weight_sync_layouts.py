@@ -38,7 +38,11 @@ SPLITS: list[dict[str, Any]] = [
 ]
 TRANSPORTS = ("disk", "broadcast", "broadcast delta", "shared_memory", "shared_memory delta")
 STEP = 1 + 2**-20
-"""Every float32 weight changes by a few units in the last place."""
+
+
+def moved(weight: torch.Tensor) -> torch.Tensor:
+    """One element in 16, known by its bits, is changed by a few units in the last place."""
+    return torch.where(weight.view(torch.int32) & 15 == 0, weight * STEP, weight)
 
 
 def transport_to(kind: str, engine: EngineHere, source: Path, folder: Path) -> WeightTransport:
@@ -54,14 +58,14 @@ def transport_to(kind: str, engine: EngineHere, source: Path, folder: Path) -> W
 
 
 def two_versions(chunks: list[Any], source: Path, publish: Callable[[int, Iterable[Named]], None]) -> None:
-    """Publishes the checkpoint, and then the same with every weight changed a little."""
+    """Publishes the checkpoint, and then the same with some weights changed a little."""
     config = AutoConfig.from_pretrained(source)
     load_hf(chunks, source)
     publish(1, export_hf(chunks, config))
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.mul_(STEP)
+                parameter.copy_(moved(parameter))
     publish(2, export_hf(chunks, config))
 
 
@@ -87,7 +91,7 @@ def two_ranks(source: Path, other: Path, folder: Path) -> dict[tuple[str, str], 
     """(split, transport) -> what came out wrong; {} off rank 0."""
     platform.current().prepare_megatron(1)
     first = load_file(source / "model.safetensors")
-    expected = {1: first, 2: {name: tensor * STEP for name, tensor in first.items()}}
+    expected = {1: first, 2: {name: moved(tensor) for name, tensor in first.items()}}
     results: dict[tuple[str, str], list[str]] = {}
     for split in SPLITS:
         chunks, _ = build(source, **split)

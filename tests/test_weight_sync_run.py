@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def test_syncs_by_broadcast_are_proven_and_measured(tmp_path: Path) -> None:
     config = make_run(tmp_path, train={"steps": 3}, sync={"transport": "broadcast", "delta": True})
-    code, out, err = train(config, "optimizer.lr=1e-8", "cluster.ranks_per_node=1")
+    code, out, err = train(config, "optimizer.lr=1e-10", "cluster.ranks_per_node=1")
     assert code == 0, out + err
     steps = [record for record in records(tmp_path / "run") if "eval" not in record]
     assert len(steps) == 3
@@ -26,8 +26,8 @@ def test_syncs_by_broadcast_are_proven_and_measured(tmp_path: Path) -> None:
         assert record["sync_full_bytes"] > 200_000 and record["sync_seconds"] > 0
     assert all(record["sync_probe_max"] < 1e-4 for record in steps[1:])
     shares = [record["sync_bytes"] / record["sync_full_bytes"] for record in steps]
-    # At so small a rate a third of the float32 weights move, by a few units in the last place: two bytes of four.
-    assert shares[0] == 1.0 and all(0 < share < 0.6 for share in shares[1:])
+    # At so small a rate only the smallest float32 weights move.
+    assert shares[0] == 1.0 and all(0 < share < 0.3 for share in shares[1:])
 
 
 def test_a_damaged_tensor_ends_the_run_with_its_name_and_nothing_left(tmp_path: Path) -> None:
@@ -50,6 +50,10 @@ def test_a_damaged_tensor_ends_the_run_with_its_name_and_nothing_left(tmp_path: 
         (
             ["sync.transport=shared_memory", "rollout.urls=[http://10.0.0.7:30000]"],
             ["sync.transport = shared_memory", "rollout.urls", "http://10.0.0.7:30000"],
+        ),
+        (
+            ["rollout.engine=sglang", "rollout.precision=fp8", "rollout.urls=[http://127.0.0.1:30000]"],
+            ["sync.transport = disk", "rollout.precision = fp8"],
         ),
         (["rollout.urls=[http://10.0.0.7:30000]"], ["sync.transport = disk", "rollout.urls", "no sync.folder"]),
     ],

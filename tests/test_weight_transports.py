@@ -281,7 +281,7 @@ def test_weights_move_only_while_the_engine_stands_still(engines: list[EngineHer
         engine.weights.begin_update()
     engine.engine.pause()
     engine.weights.begin_update()
-    with pytest.raises(EngineError, match="is open already"):
+    with pytest.raises(EngineError, match="is already open"):
         engine.engine.control("POST", "/begin_weight_update", {})
     engine.engine.resume()
     sampling = SamplingParams(max_tokens=2)
@@ -296,3 +296,20 @@ def test_weights_move_only_while_the_engine_stands_still(engines: list[EngineHer
     assert len(engine.engine.score([np.array([5, 6, 7], np.int32)])[0]) == 2
     ((got,),) = engine.engine.generate([GenerateRequest("after", np.array([5], np.int32), sampling)])
     assert len(got.tokens) == 2
+
+
+def test_an_update_that_a_dead_sender_left_open_is_begun_anew(
+    engines: list[EngineHere], versions: list[Weights], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = transport_to("shared_memory", engines, tmp_path, folders[0], fp8=True)
+
+    def dying() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(versions[0].items())[:30]
+        raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        first.publish(1, dying())
+    transport = transport_to("shared_memory", engines, tmp_path, folders[0])
+    transport.publish(2, iter(versions[1].items()))
+    for engine in engines:
+        assert differing(engine, versions[1]) == [] and not engine.generator._paused

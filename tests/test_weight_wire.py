@@ -85,6 +85,16 @@ def test_the_first_version_is_sent_whole_and_then_only_what_changed() -> None:
     assert pair.sync(nudged(third, "head"))[0].startswith("delta:")
 
 
+def test_views_of_any_stride_are_kept_and_changed_right() -> None:
+    pair = Pair()
+    columns = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for step in range(3):
+        columns[5 + step, 7] += 1
+        pair.sync({"turned": columns.T, "cut": columns[:, 3:9]})
+        assert pair.holds({"turned": columns.T, "cut": columns[:, 3:9]})
+    assert torch.equal(pair.outgoing._kept["turned"], columns.T)
+
+
 def test_without_deltas_every_version_is_sent_whole_under_plain_names() -> None:
     pair = Pair(delta=False)
     for seed in (1, 1, 2):

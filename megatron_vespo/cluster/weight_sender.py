@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ray
+import torch
 
 from megatron_vespo import platform
 from megatron_vespo.cluster.ray_cluster import spans_nodes
@@ -45,21 +46,21 @@ def build_transport(config: RunConfig, urls: Sequence[str], key: str | None = No
     """``key``: the bearer token that the engines want."""
     sync, rollout = config.sync, config.rollout
     engines = [engine_weights(rollout.engine, url, rollout.request_timeout_s, key) for url in urls]
-    bucket_bytes = sync.bucket_mb * MIB
+    bucket_bytes, fp8 = sync.bucket_mb * MIB, rollout.precision == "fp8"
     if sync.transport == "disk":
         return DiskTransport(engines, sync_folder(config), config.model.path, bucket_bytes=bucket_bytes)
     if sync.transport == "shared_memory":
-        return StreamedTransport(engines, SharedMemory(engines), bucket_bytes=bucket_bytes, delta=sync.delta)
+        return StreamedTransport(engines, SharedMemory(engines), bucket_bytes=bucket_bytes, delta=sync.delta, fp8=fp8)
     here = platform.current()
     on_cpu = rollout.engine == "reference"  # whatever the trainer runs on
     channel = Broadcast(
         engines,
         address=ray.util.get_node_ip_address(),
         backend="gloo" if on_cpu else here.distributed_backend,
-        device=here.device,
+        device=torch.device("cpu") if on_cpu else here.device,
         timeout_s=sync.timeout_s,
     )
-    return StreamedTransport(engines, channel, bucket_bytes=bucket_bytes, delta=sync.delta)
+    return StreamedTransport(engines, channel, bucket_bytes=bucket_bytes, delta=sync.delta, fp8=fp8)
 
 
 def sync_folder(config: RunConfig) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
 from megatron_vespo import platform
@@ -38,6 +38,11 @@ def command(flags: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, st
     if installed != SGLANG_VERSION:
         raise EngineError(
             f"rollout.engine=sglang knows SGLang {SGLANG_VERSION}, {installed} is installed; install that"
+        )
+    if not entry_points(group="sglang.srt.plugins", name="megatron_vespo"):
+        raise EngineError(
+            "rollout.engine=sglang: the installed megatron_vespo does not name its SGLang plugin, without which no "
+            "weight sync is proven; install it again (`make env`, or `pip install --editable .`)"
         )
     # Tokens in, tokens out; no tokenizer is needed. The warm-up would send text.
     ours: dict[str, Any] = {**flags, "skip-tokenizer-init": True, "skip-server-warmup": True}

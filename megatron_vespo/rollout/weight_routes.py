@@ -56,10 +56,9 @@ class _HttpWeights:
         try:
             return self._told("/begin_weight_update", {}).get("kept")
         except EngineError as error:
-            if "already" not in str(error):
+            if "already open" not in str(error):
                 raise
-        # Left open by a sync that the death of another engine cut off.
-        with contextlib.suppress(EngineError):
+        with contextlib.suppress(EngineError):  # of what a sender that died had left
             self.end_update()
         return self._told("/begin_weight_update", {}).get("kept")
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+MOST = 8
+"""A delta lists at most one element in so many: of more it takes longer to make than to send the tensor."""
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GAPS = (torch.uint8, torch.uint16)
 _DTYPES = {str(t).removeprefix("torch."): t for t in (*_GAPS, *_INTEGERS.values())}
@@ -47,10 +50,13 @@ class Delta:
 
 
 def encode(old: torch.Tensor, new: torch.Tensor) -> Delta | None:
-    """The delta from ``old`` to ``new`` (same dtype, shape and device), or None where all of ``new`` is not larger."""
+    """The delta from ``old`` to ``new`` (same dtype, shape and device), or None where ``new`` had better be sent whole.
+
+    That is where more than one element in eight changed, or where it is no larger.
+    """
     before, after = _integers(old), _integers(new)
     places = _places(before, after)
-    if 2 * len(places) >= new.nbytes:  # two bytes each at least
+    if MOST * len(places) > max(new.numel(), MOST):
         return None
     # One size wider, a difference does not wrap; that of 64-bit integers does, and wraps back.
     wide = torch.int32 if new.element_size() < 4 else torch.int64
@@ -67,11 +73,12 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> Delta | None:
 
 def apply(old: torch.Tensor, delta: Delta) -> None:
     """Turn ``old`` (contiguous) into the new version, in place. Raises ValueError where the delta reaches beyond it."""
-    places = (delta.gaps.to(torch.int64) + 1).cumsum(0) - 1
+    assert old.is_contiguous(), "else a copy of it would be changed"
+    places = (delta.gaps.to(old.device, torch.int64) + 1).cumsum(0) - 1
     flat = _integers(old)
     if len(places) and int(places[-1]) >= len(flat):
         raise ValueError(f"a delta for at least {int(places[-1]) + 1} elements, the tensor has {len(flat)}")
-    flat[places] += delta.changes.to(flat.dtype)
+    flat[places] += delta.changes.to(flat)
 
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:

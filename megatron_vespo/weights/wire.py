@@ -46,7 +46,7 @@ class Outgoing:
             if not self.delta:
                 yield name, tensor
             elif full:
-                self._kept[name] = tensor.to("cpu", copy=True)
+                self._kept[name] = _copy(tensor)
                 yield f"keep:{name}", tensor
             elif self.checksums[name] != before:
                 yield self._change(name, tensor)
@@ -54,9 +54,10 @@ class Outgoing:
 
     def _change(self, name: str, tensor: torch.Tensor) -> Named:
         delta = encode(self._kept[name].to(tensor.device), tensor)
-        self._kept[name].copy_(tensor)
         if delta is None:
+            self._kept[name].copy_(tensor)
             return f"replace:{name}", tensor
+        apply(self._kept[name], delta)
         description, payload = delta.pack()
         return f"delta:{description}:{name}", payload
 
@@ -100,7 +101,7 @@ class Arrivals:
             if kind == "keep" and self._first:
                 self.forget()
             self._first = False
-            self._kept[name] = tensor.to("cpu", copy=True)
+            self._kept[name] = _copy(tensor)
             return name, tensor
         if name not in self._kept:
             raise ValueError(f"{name}: a delta came for it, and no copy of its last version is kept here")
@@ -112,3 +113,8 @@ class Arrivals:
         """Keep nothing: the engine has weights that did not come through here."""
         self._kept.clear()
         self._checksums.clear()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In host memory, contiguous, so that a delta can be applied to it."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -184,7 +184,7 @@ class Generator(threading.Thread):
         if not self._paused:
             raise ValueError("pause_generation must come before begin_weight_update")
         if self._updating:
-            raise ValueError("a weight update is open already; end_weight_update ends it")
+            raise ValueError("a weight update is already open; end_weight_update ends it")
         self._updating = True
         return self.model
 

@@ -58,8 +58,7 @@ class WeightUpdates:
 
     def end(self) -> dict[str, str]:
         """Returns the checksum of each tensor that arrived."""
-        unscaled, self._unscaled = self._unscaled, {}
-        self._targets = None
+        unscaled, self._unscaled, self._targets = self._unscaled, {}, None
         self.generator.end_update().result()
         if unscaled:
             raise ValueError(f"{next(iter(unscaled))}: came in fp8 and without its scales")
@@ -90,14 +89,15 @@ class WeightUpdates:
         return found
 
     def _scaled(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor | None]:
-        """What there is to load: of an fp8 weight, all of it when its scales are there."""
+        """What there is to load: of an fp8 weight, all of it when its scales are there. An engine that rounds to fp8
+        rounds what came otherwise."""
         if tensor.dtype == torch.float8_e4m3fn:
             self._unscaled[name] = tensor.clone()
             return name, None
         weight = name.removesuffix(SCALE_SUFFIX)
         if weight in self._unscaled:
             return weight, dequantise_blocks(self._unscaled.pop(weight), tensor)
-        return name, tensor
+        return name, rounded_weight(tensor) if self._rounds and is_block_quantised(name) else tensor
 
     def _copy(self, name: str, tensor: torch.Tensor | None) -> None:
         if self._targets is None:
@@ -108,8 +108,6 @@ class WeightUpdates:
             raise ValueError(f"{name}: this model has no such weight")
         if self._targets[name].shape != tensor.shape:
             raise ValueError(f"{name}: came as {list(tensor.shape)}, is {list(self._targets[name].shape)} here")
-        if self._rounds and is_block_quantised(name):
-            tensor = rounded_weight(tensor)  # what is kept for deltas is not
         self._targets[name].copy_(tensor)
 
 
