@@ -50,11 +50,27 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
         dict(pipeline=2, virtual_pipeline=2),
         dict(context=2, expert=2),
     ],
-    BFLOAT16: [dict(tensor=2, sequence=True, expert=2)],
+    "qwen3_moe bfloat16": [dict(tensor=2, sequence=True, expert=2)],
     "qwen3_moe mixed": [dict(pipeline=2, virtual_pipeline=2), dict(expert=2)],
     "qwen2 untied": [dict(tensor=2), dict(pipeline=2)],
     "llama": [dict(tensor=2)],
     "mixtral": [dict(tensor=2, sequence=True, expert=2), dict(expert_tensor=2)],
+    "deepseek_v3": [
+        dict(tensor=2, sequence=True),
+        dict(tensor=2, sequence=True, expert=2),
+        dict(pipeline=2),
+        dict(expert=2),
+        dict(context=2),
+    ],
+    "deepseek_v3 direct": [dict(tensor=2, sequence=True, expert_tensor=2)],
+    "deepseek_v3 bfloat16": [dict(tensor=2, sequence=True, expert=2)],
+    "glm4_moe": [
+        dict(tensor=2, sequence=True),
+        dict(tensor=2, sequence=True, expert=2),
+        dict(pipeline=2, virtual_pipeline=2),
+        dict(expert=2),
+    ],
+    "glm4_moe plain": [dict(tensor=2, sequence=True), dict(pipeline=2)],
 }
 FOUR_RANKS: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [dict(pipeline=2, expert=2), dict(pipeline=2, tensor=2, sequence=True, expert_tensor=2)],
@@ -81,7 +97,7 @@ def one_rank() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {kind: write_checkpoint(root / kind.replace(" ", "_"), kind) for kind in (*KINDS, BFLOAT16)}
+    return {kind: write_checkpoint(root / kind.replace(" ", "_"), kind) for kind in (*KINDS, *BFLOAT16)}
 
 
 # ---------------------------------------------------------------------------------------------- one rank
@@ -100,8 +116,10 @@ def test_one_rank_is_bitwise_and_computes_what_transformers_does(
     assert relative_error(found, transformers_logits(folder)) < TOLERANCE
 
 
-def test_bfloat16_stays_bitwise(one_rank: None, checkpoints: dict[str, Path]) -> None:
-    folder = checkpoints[BFLOAT16]
+@pytest.mark.parametrize("kind", BFLOAT16)
+def test_bfloat16_stays_bitwise(kind: str, one_rank: None, checkpoints: dict[str, Path]) -> None:
+    """The routers' expert biases are float32 in such a checkpoint too, and stay it."""
+    folder = checkpoints[kind]
     chunks, config = build(folder)
     load_hf(chunks, folder)
     assert differences(exported(chunks, config), folder) == []

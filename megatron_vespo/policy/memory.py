@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.architecture import num_experts
 from megatron_vespo.policy.fused_logprobs import TILE_COLUMNS, TILE_TOKENS
 from megatron_vespo.policy.layout import ParallelLayout
 
@@ -42,7 +43,7 @@ def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -
     experts = sum(n for name, n in sizes.items() if ".experts." in name)
     dense = sum(sizes.values()) - experts
     routed = getattr(hf_config, "num_experts_per_tok", 0) or 0
-    active = dense + (experts * routed // hf_config.num_experts if experts else 0)
+    active = dense + (experts * routed // num_experts(hf_config) if experts else 0)
 
     dense_here = dense // (layout.tensor * layout.pipeline)
     experts_here = experts // (layout.expert * layout.expert_tensor * layout.pipeline)
