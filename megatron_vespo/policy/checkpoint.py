@@ -132,6 +132,20 @@ def _shape(hf_config: Any) -> dict[str, Any]:
     return {key: getattr(hf_config, key, None) for key in _SHAPE}
 
 
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
+    """Names of a model chunk's parameters and buffers -> where they lie in a checkpoint, in megatron-core's terms."""
+    return model.sharded_state_dict(metadata=_metadata())
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
 def _sharded_state(
     models: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
@@ -139,13 +153,8 @@ def _sharded_state(
     *,
     loading: bool,
 ) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    parts = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
+    metadata = _metadata()
+    parts = {f"model{i}": sharded_weights(model) for i, model in enumerate(models)}
     # Layer numbers are global in the keys, so one flat state serves the optimizer whatever the chunks are.
     flat = parts["model0"] if len(models) == 1 else parts
     return {
