@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class HfReader:
         self.folder = folder
         self._files = Files()
         self.stored = _stored(folder)
-        self.checksums = _checksums(folder)
+        self.checksums = read_checksums(folder)
         """Of what is stored, where the folder tells them."""
         self.tensors = dict(self.stored)
         self._scales: dict[str, str] = {}
@@ -71,6 +71,9 @@ class HfReader:
     @property
     def is_fp8(self) -> bool:
         return any(info.dtype == torch.float8_e4m3fn for info in self.stored.values())
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self.stored[name].dtype
 
     def read(self, name: str, row: int, into: torch.Tensor) -> torch.Tensor:
         """Rows from ``row`` on, as many as ``into`` (contiguous, of the stored dtype) has: itself, or where the tensor
@@ -235,7 +238,8 @@ def _info(file: Path, size: int, first: int, name: str, dtype: str, shape: list[
     return info
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Of the tensors of a folder by name, where it has our list; else {}."""
     file = folder / CHECKSUM_FILE
     if not file.is_file():
         return {}
