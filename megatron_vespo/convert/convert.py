@@ -16,12 +16,13 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedConfig
 
 from megatron_vespo.config.load import ConfigError, load_config
-from megatron_vespo.convert.megatron_folder import HF_FOLDER, MegatronReader, MegatronWriter, is_megatron_folder
+from megatron_vespo.convert.files import Scratch
+from megatron_vespo.convert.megatron_folder import MegatronReader, MegatronWriter, is_megatron_folder
 from megatron_vespo.convert.partial import Partial
 from megatron_vespo.convert.placement import Placement, place
 from megatron_vespo.convert.safetensors_folder import HfReader, HfWriter
 from megatron_vespo.convert.stream import DEFAULT_WORKERS, Change, Source, Target, Transfer, Written, bands
-from megatron_vespo.convert.files import Scratch
+from megatron_vespo.policy.checkpoint import HF_FOLDER
 from megatron_vespo.weights.checksum import ALGORITHM
 from megatron_vespo.weights.fp8 import BLOCK, SCALE_SUFFIX, is_block_quantised, quantise_blocks
 from megatron_vespo.weights.mapping import IGNORED_HF_TENSORS, Shape, WeightsError, is_multi_token_prediction
@@ -51,7 +52,7 @@ class Report:
     def __str__(self) -> str:
         rate = self.nbytes / self.seconds / 1e9
         lines = [
-            f"{self.out}: {self.tensors:,} tensors, {self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"{self.out}: {self.tensors:,} tensors, {self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s, {rate:.2f} GB/s"
         ]
         if self.proven:
             lines.append(f"{self.proven:,} of them were there already, from an interrupted conversion, and are proven")
@@ -74,11 +75,13 @@ def to_megatron(
     config = read_hf_config(hf)
     source = HfReader(hf, dequantised=_DTYPES[precision or "bf16"])
     with closing(source):
-        placement = _place(config, hf)
-        left_out = check_complete(source, config, placement)
+        placement = find_placement(config, hf)
+        notes = check_complete(source, config, placement)
         wanted = {name: source.stored[name].nbytes for name in placement.tensors}
         dtypes = {name: _dtype(name, source.tensors[name].dtype, precision) for name in placement.tensors}
-        identity = _identity("to-megatron", hf, precision, [file for file in sorted({i.file for i in source.stored.values()})])
+        identity = _identity(
+            "to-megatron", hf, precision, [file for file in sorted({i.file for i in source.stored.values()})]
+        )
         partial = Partial(out, identity)
         with closing(partial), closing(MegatronWriter(partial.folder, placement, dtypes)) as target:
             report = _transfer(source, target, partial, _cast(dtypes), wanted, workers, "to Megatron", console)
@@ -87,7 +90,7 @@ def to_megatron(
             carry_over(hf, folder)
             _finish_config(folder / "config.json", partial, fp8=False)
             partial.commit()
-    return Report(out, len(wanted), sum(wanted.values()), *report, tuple(left_out))
+    return Report(out, len(wanted), sum(wanted.values()), *report, tuple(notes))
 
 
 def to_hf(
@@ -107,11 +110,13 @@ def to_hf(
     """
     hf = hf or find_hf(megatron)
     config = read_hf_config(hf)
-    placement = _place(config, hf)
+    placement = find_placement(config, hf)
     with closing(MegatronReader(megatron, placement)) as source:
         dtypes = {name: _dtype(name, info.dtype, precision) for name, info in source.tensors.items()}
         fp8 = precision == "fp8"
-        layout = [t for name in source.tensors for t in _written(name, dtypes[name], source.tensors[name].shape, fp8=fp8)]
+        layout = [
+            t for name in source.tensors for t in _written(name, dtypes[name], source.tensors[name].shape, fp8=fp8)
+        ]
         wanted = {name: info.dtype.itemsize * torch.Size(info.shape).numel() for name, info in source.tensors.items()}
         identity = _identity("to-hf", megatron, precision, sorted(megatron.glob("*.distcp")), str(hf.resolve()))
         partial = Partial(out, identity)
@@ -159,24 +164,39 @@ def check_complete(source: HfReader, config: PreTrainedConfig, placement: Placem
                 f"{name}: shape {list(source.tensors[name].shape)} in {source.stored[name].file}, and the model's "
                 f"{placed.parameter} needs {list(placed.shape)}"
             )
-    layers, predicting = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 0
-    extra = [name for name in source.tensors if name not in placement.tensors]
-    prediction = [name for name in extra if is_multi_token_prediction(name, layers, predicting)]
-    notes = [f"left out: {len(prediction)} tensors of layers for multi-token prediction"] if prediction else []
-    for name in extra:
-        if placement.tied and name == placement.tied[0]:
-            problems += [] if problems else _check_tied(source, *placement.tied)
-            notes.append(f"left out: {name}, which equals {placement.tied[1]} (tie_word_embeddings)")
-        elif name not in prediction and not IGNORED_HF_TENSORS.fullmatch(name):
+    omitted = left_out(source, config, placement)
+    for name in source.tensors:
+        if name not in placement.tensors and name not in omitted:
             problems.append(f"{name}: in {source.stored[name].file}, and no parameter of the model takes it")
+    problems = problems or check_tied(source, placement)
     if problems:
         more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
         found = "\n".join([*problems[:_MOST_PROBLEMS], *more])
         raise WeightsError(f"{source.folder} does not hold the model of its config.json:\n{found}")
-    return notes
+    return [f"left out: {note}" for note in dict.fromkeys(omitted.values())]
 
 
-def _check_tied(source: HfReader, output: str, embedding: str) -> list[str]:
+def left_out(source: HfReader, config: PreTrainedConfig, placement: Placement) -> dict[str, str]:
+    """Tensors of an HF folder that a distributed checkpoint of the model does not hold, and why."""
+    layers, predicting = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 0
+    found = {}
+    for name in source.tensors:
+        if name in placement.tensors:
+            continue
+        if is_multi_token_prediction(name, layers, predicting):
+            found[name] = f"layers for multi-token prediction (from model.layers.{layers} on)"
+        elif placement.tied and name == placement.tied[0]:
+            found[name] = f"{name}, which equals {placement.tied[1]} (tie_word_embeddings)"
+        elif IGNORED_HF_TENSORS.fullmatch(name):
+            found[name] = f"tensors that follow from config.json, such as {name}"
+    return found
+
+
+def check_tied(source: HfReader, placement: Placement) -> list[str]:
+    """transformers does not tie two tensors that differ, whatever config.json says, and Megatron would."""
+    if not placement.tied or placement.tied[0] not in source.tensors:
+        return []
+    output, embedding = placement.tied
     ours, theirs = bands(source, embedding, Scratch()), bands(source, output, Scratch())
     same = source.tensors[embedding].shape == source.tensors[output].shape
     if same and all(torch.equal(a[2], b[2]) for a, b in zip(ours, theirs, strict=True)):
@@ -184,7 +204,7 @@ def _check_tied(source: HfReader, output: str, embedding: str) -> list[str]:
     return [f"{output}: in {source.stored[output].file}, it differs from {embedding}, though config.json ties the two"]
 
 
-def _place(config: PreTrainedConfig, folder: Path) -> Placement:
+def find_placement(config: PreTrainedConfig, folder: Path) -> Placement:
     try:
         return place(config)
     except WeightsError:
@@ -256,7 +276,11 @@ def _finish_config(file: Path, partial: Partial, *, fp8: bool) -> None:
     """checksums.json, and a config.json that tells what the weights are now."""
     tensors = {name: entry for name in sorted(partial.done) for name, entry in partial.done[name].items()}
     write_json(partial.folder / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": tensors})
-    plain = {name: entry for name, entry in tensors.items() if entry["dtype"] != "float8_e4m3fn" and not name.endswith(SCALE_SUFFIX)}
+    plain = {
+        name: entry
+        for name, entry in tensors.items()
+        if entry["dtype"] != "float8_e4m3fn" and not name.endswith(SCALE_SUFFIX)
+    }
     fit_config(file, plain)
     config = json.loads(file.read_text())
     config.pop("quantization_config", None)

@@ -64,7 +64,9 @@ class Reader:
         except Exception as error:  # a pickle may fail in any way
             raise WeightsError(f"{folder / METADATA_FILE}: cannot be read ({error!r})") from None
         self.tensors: dict[str, TensorStorageMetadata] = {
-            key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
         }
         self._stored: dict[str, list[Stored]] = {}
         self._starts: dict[Stored, int] = {}
@@ -95,7 +97,9 @@ class Reader:
         found, axis = tuple(self.tensors[part.key].size), part.axis
         # An embedding saved under tensor parallelism has rows of padding.
         last = part.offset[axis] + part.shape[axis] == part.whole[axis]
-        fits = [a == b or (i == axis and last and a > b) for i, (a, b) in enumerate(zip(found, part.whole, strict=False))]
+        fits = [
+            a == b or (i == axis and last and a > b) for i, (a, b) in enumerate(zip(found, part.whole, strict=False))
+        ]
         if len(found) != len(part.whole) or not all(fits):
             return (
                 f"{part.key}: shape {list(found)} in {self.folder / METADATA_FILE}, and the model of config.json needs "
@@ -127,7 +131,9 @@ class Reader:
             if here >= stop:
                 continue
             rest = chunk.shape[axis + 1 :]
-            above = _ravel([a - b for a, b in zip((*part.offset[:axis], here), chunk.offset, strict=False)], chunk.shape)
+            above = _ravel(
+                [a - b for a, b in zip((*part.offset[:axis], here), chunk.offset, strict=False)], chunk.shape
+            )
             rows = into[here - begin : stop - begin]
             start = self._start(chunk, part.key) + above * math.prod(rest) * chunk.dtype.itemsize
             if rest == part.shape[axis + 1 :]:
@@ -135,7 +141,9 @@ class Reader:
             else:
                 columns = torch.empty((stop - here, *rest), dtype=chunk.dtype)
                 self._files.read(chunk.file, start, columns, part.key)
-                box = [slice(offset, offset + size) for offset, size in zip(chunk.offset[axis + 1 :], rest, strict=True)]
+                box = [
+                    slice(offset, offset + size) for offset, size in zip(chunk.offset[axis + 1 :], rest, strict=True)
+                ]
                 rows[(slice(None), *box)] = columns
             filled += (stop - here) * math.prod(rest)
         if filled != into.numel():
@@ -153,7 +161,9 @@ class Reader:
             if len(head) + nbytes + len(tail) == chunk.length:
                 self._files.read(chunk.file, chunk.start, found, key)
             same = found.numpy().tobytes() == head
-            self._starts[chunk] = chunk.start + (len(head) if same else first_byte(chunk.file, chunk.start, chunk.length, chunk.dtype, chunk.shape, key))
+            self._starts[chunk] = chunk.start + (
+                len(head) if same else first_byte(chunk.file, chunk.start, chunk.length, chunk.dtype, chunk.shape, key)
+            )
         return self._starts[chunk]
 
     def close(self) -> None:

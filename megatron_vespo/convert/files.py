@@ -32,7 +32,7 @@ class Files:
 
     def read(self, file: Path, start: int, into: torch.Tensor, what: str) -> None:
         """Fills ``into`` (contiguous) from byte ``start`` on. Raises WeightsError naming the file and ``what``."""
-        view, descriptor = memoryview(as_bytes(into).numpy()), self.descriptor(file)
+        view, descriptor = as_bytes(into).numpy().data, self.descriptor(file)
         done = 0
         while done < len(view):
             try:
@@ -40,12 +40,14 @@ class Files:
             except OSError as error:
                 raise WeightsError(f"{file}: {what} cannot be read: {error.strerror}") from None
             if not count:
-                raise WeightsError(f"{file}: ends at byte {start + done}, in the middle of {what}: the file is truncated")
+                raise WeightsError(
+                    f"{file}: ends at byte {start + done}, in the middle of {what}: the file is truncated"
+                )
             done += count
 
     def write(self, file: Path, start: int, tensor: torch.Tensor) -> None:
         """``tensor``: contiguous. Raises WeightsError naming the file where the disk is full."""
-        view, descriptor = memoryview(as_bytes(tensor).numpy()), self.descriptor(file)
+        view, descriptor = as_bytes(tensor).numpy().data, self.descriptor(file)
         done = 0
         while done < len(view):
             try:

@@ -14,9 +14,6 @@ from megatron_vespo.convert.placement import Part, Placed, Placement, Run
 from megatron_vespo.convert.safetensors_folder import read_checksums
 from megatron_vespo.weights.mapping import Shape, WeightsError
 
-HF_FOLDER = "hf"
-"""Inside a converted checkpoint: config, tokenizer, chat template and generation config of the HF folder."""
-
 
 @dataclass(frozen=True, slots=True)
 class Info:
@@ -25,7 +22,7 @@ class Info:
 
 
 class MegatronReader:
-    """Raises WeightsError, at once, for a checkpoint of another model, and for one that lost a file or a part of one."""
+    """Raises WeightsError, at once, for a checkpoint of another model, and for one that lacks a file or a part."""
 
     def __init__(self, folder: Path, placement: Placement) -> None:
         self.folder = folder
@@ -110,5 +107,3 @@ def _overlap(placed: Placed, row: int, count: int) -> Iterator[tuple[Run, int, i
         start, stop = max(row, run.start), min(row + count, run.stop)
         if start < stop:
             yield run, start, stop
-
-

@@ -1,4 +1,4 @@
-"""A folder that is made beside its place and renamed into it, and that a killed conversion leaves to be gone on with."""
+"""A folder that is made beside its place, renamed into it, and gone on with after a conversion was killed."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Partial:
         free, needed = shutil.disk_usage(self.folder).free, nbytes - there
         if needed > free:
             raise ConfigError(
-                f"{self.folder}: needs {needed:,} bytes more, and its disk has {free:,} free; make room, or give an OUT "
-                "on another disk"
+                f"{self.folder}: needs {needed:,} bytes more, and its disk has {free:,} free; make room, or give an "
+                "OUT on another disk"
             )
 
     def commit(self) -> None:

@@ -149,7 +149,9 @@ class _OnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.empty, torch.zeros, torch.ones):
             kwargs["device"] = "meta"
-        elif function is torch.Tensor.to and args[0].is_meta and (len(args) < 2 or not isinstance(args[1], torch.dtype)):
+        elif (
+            function is torch.Tensor.to and args[0].is_meta and (len(args) < 2 or not isinstance(args[1], torch.dtype))
+        ):
             return args[0]
         return function(*args, **kwargs)
 

@@ -51,8 +51,8 @@ class Info:
 class HfReader:
     """The tensors of a folder. Those in blocks of fp8 are given as the weights that they stand for.
 
-    Raises WeightsError, at once, for a file that is missing, truncated or not in the format, for a tensor that the index
-    names and its file lacks, for a dtype that is no floating-point one, and for fp8 that is not in blocks of 128 x 128.
+    Raises WeightsError, at once, for a file that is missing, truncated or not in the format, for a tensor that the
+    index names and its file lacks, for a dtype that is not floating point, and for fp8 not in blocks of 128 x 128.
     """
 
     def __init__(self, folder: Path, *, dequantised: torch.dtype | None = torch.bfloat16) -> None:
@@ -107,8 +107,8 @@ class HfReader:
             if scales not in self.stored or len(blocks) != 2 or self.stored[scales].shape != blocks:
                 found = list(self.stored[scales].shape) if scales in self.stored else "missing"
                 raise WeightsError(
-                    f"{info.file}: {name} is fp8 of shape {list(info.shape)}, and its scales {scales} are {found}; only "
-                    f"blocks of {BLOCK} x {BLOCK} are read, whose scales have shape {list(blocks)}"
+                    f"{info.file}: {name} is fp8 of shape {list(info.shape)}, and its scales {scales} are {found}; "
+                    f"only blocks of {BLOCK} x {BLOCK} are read, whose scales have shape {list(blocks)}"
                 )
             self._scales[name] = scales
             del self.tensors[scales]
@@ -193,7 +193,9 @@ def _stored(folder: Path) -> dict[str, Info]:
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
     if not index.is_file():
         if not single.is_file():
-            raise WeightsError(f"{folder}: neither {INDEX_FILE} nor {single.name} is there; give the folder of an HF model")
+            raise WeightsError(
+                f"{folder}: neither {INDEX_FILE} nor {single.name} is there; give the folder of an HF model"
+            )
         return _header(single)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -214,8 +216,10 @@ def _header(file: Path) -> dict[str, Info]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-                raise WeightsError(f"{file}: says that its header has {length} bytes, and has {size} in all: truncated or "
-                                   "not safetensors")
+                raise WeightsError(
+                    f"{file}: says that its header has {length} bytes, and has {size} in all: truncated or "
+                    "not safetensors"
+                )
             header: dict[str, Any] = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         return {name: _info(file, size, 8 + length, name, **entry) for name, entry in header.items()}
@@ -247,5 +251,3 @@ def read_checksums(folder: Path) -> dict[str, str]:
         return {name: entry["checksum"] for name, entry in json.loads(file.read_text())["tensors"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file}: not a list of checksums ({error!r}); remove it to go on without") from None
-
-

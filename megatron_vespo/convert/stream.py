@@ -29,7 +29,7 @@ from megatron_vespo.weights.fp8 import BLOCK
 from megatron_vespo.weights.mapping import Shape, WeightsError
 from megatron_vespo.weights.save import CHECKSUM_FILE
 
-BAND_BYTES = 4 << 20
+BAND_ELEMENTS = 1 << 21
 """Read, hashed and written at a time: small enough to stay in a cache."""
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -121,11 +121,11 @@ def bands(source: Source, name: str, scratch: Scratch) -> Iterator[tuple[int, to
 
 
 def _rows(shape: Shape, dtype: torch.dtype, scratch: Scratch) -> Iterator[tuple[int, torch.Tensor]]:
-    row_bytes = max(1, torch.Size(shape[1:]).numel() * dtype.itemsize)
-    count = max(1, BAND_BYTES // row_bytes // BLOCK) * BLOCK  # whole blocks of fp8
+    width = torch.Size(shape[1:]).numel()
+    count = max(1, BAND_ELEMENTS // width // BLOCK) * BLOCK  # whole blocks of fp8; the same whatever the dtype
     for row in range(0, shape[0], count):
         rows = min(count, shape[0] - row)
-        yield row, scratch.take(rows * row_bytes).view(dtype).view(rows, *shape[1:])
+        yield row, scratch.take(rows * width * dtype.itemsize).view(dtype).view(rows, *shape[1:])
 
 
 class Transfer:
@@ -175,8 +175,8 @@ class Transfer:
         found = {part: digest.hexdigest() for part, digest in digests.items()}
         if expected is not None and expected != (before.hexdigest() if changed and before else found[name]):
             raise WeightsError(
-                f"{self._source.where(name)}: its bytes are not those that {CHECKSUM_FILE} in the same folder tells: the "
-                f"file is corrupted (or was changed on purpose: remove {CHECKSUM_FILE} then)"
+                f"{self._source.where(name)}: its bytes are not those that {CHECKSUM_FILE} in the same folder tells: "
+                f"the file is corrupted (or was changed on purpose: remove {CHECKSUM_FILE} then)"
             )
         return {part: _entry(self._target.tensors[part], checksum) for part, checksum in found.items()}
 
@@ -196,22 +196,18 @@ def _entry(info: TensorInfo, checksum: str) -> Entry:
     return {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "checksum": checksum}
 
 
-def in_threads(
-    names: Mapping[str, int], work: Callable[[str], Any], workers: int, bar: TransferBar
-) -> Iterator[Any]:
+def in_threads(names: Mapping[str, int], work: Callable[[str], Any], workers: int, bar: TransferBar) -> Iterator[Any]:
     """``work`` of every name. The first failure stops all, and is raised."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
     try:
         futures = [pool.submit(work, name) for name in names]
         wait(futures, return_when=FIRST_EXCEPTION)
         bar.stopped.set()
-        failures = [f.exception() for f in futures if f.done() and f.exception() is not None]
-        for failure in failures:
-            if not isinstance(failure, Stopped):
+        for future in futures:
+            failure = future.exception() if future.done() else None
+            if failure is not None and not isinstance(failure, Stopped):
                 raise failure
         yield from (future.result() for future in futures)
     finally:
         bar.stopped.set()
         pool.shutdown(cancel_futures=True)
-
-

@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ def frame(dtype: torch.dtype, shape: Shape) -> tuple[bytes, bytes]:
     """
     sink = _Sparse()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), sink)  # memory that is never touched
+        torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], sink))  # memory that is never touched
     nbytes = math.prod(shape) * dtype.itemsize
     [(start, stop)] = sink.holes()
     assert stop - start == nbytes, "torch.save frames tensors otherwise than this module knows"
