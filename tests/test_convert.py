@@ -17,7 +17,7 @@ from tiny_run import make_checkpoint
 
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import ConfigError
-from megatron_vespo.convert import convert, files, partial, stream
+from megatron_vespo.convert import files, partial, stream
 from megatron_vespo.convert.convert import to_hf, to_megatron
 from megatron_vespo.convert.verify import verify
 from megatron_vespo.weights.mapping import WeightsError
@@ -43,7 +43,7 @@ def flip(file: Path, needle: bytes | int) -> None:
     """One bit, in the middle of where ``needle`` is found, or at this byte."""
     data = bytearray(file.read_bytes())
     at = needle if isinstance(needle, int) else data.find(needle) + len(needle) // 2
-    assert at >= 0 and isinstance(needle, int) or bytes(needle) in data  # type: ignore[arg-type]
+    assert (at >= 0 and isinstance(needle, int)) or bytes(needle) in data  # type: ignore[arg-type]
     data[at] ^= 1
     file.write_bytes(data)
 
@@ -103,6 +103,18 @@ def test_an_output_layer_beside_tied_embeddings_must_equal_them(same: bool, tmp_
         with pytest.raises(WeightsError, match=r"lm_head\.weight: .* differs from model\.embed_tokens\.weight"):
             to_megatron(hf, tmp_path / "megatron")
         assert not list(tmp_path.glob("megatron*"))
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    hf = write_checkpoint(tmp_path / "hf", "glm4_moe plain")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    tensors = load_file(hf / "model.safetensors")
+    save_file(tensors | {"model.layers.4.eh_proj.weight": torch.ones(32, 64)}, hf / "model.safetensors")
+    assert "multi-token prediction" in str(to_megatron(hf, tmp_path / "megatron"))
+    verdict = verify(hf, tmp_path / "megatron", logits=False)
+    assert verdict.proven and "multi-token" in verdict.left_out[0]
+    assert json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- precision
@@ -290,7 +302,9 @@ HF_DAMAGES = [
     _broken_header,
     _lying_header,
     _absent_file,
-    _changed(lambda t: t.pop(DOWN), rf"{DOWN}: missing, and the model's \S*local_experts\.3\.linear_fc2\.weight needs it"),  # type: ignore[arg-type,return-value]
+    _changed(
+        lambda t: t.pop(DOWN), rf"{DOWN}: missing, and the model's \S*local_experts\.3\.linear_fc2\.weight needs it"
+    ),  # type: ignore[arg-type,return-value]
     _changed(lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), rf"{DOWN}: shape \[24, 32\] in .*\[32, 24\]"),
     _changed(lambda t: t.update(more=torch.ones(2)), r"more: in .*model\.safetensors, and no parameter of the model"),
     _changed(lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)}), rf"{DOWN} is fp8 .*scale_inv are missing"),

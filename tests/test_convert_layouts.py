@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_vespo import platform
 from megatron_vespo.convert.convert import to_hf, to_megatron
 from megatron_vespo.convert.verify import verify
+from megatron_vespo.weights.mapping import WeightsError
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +46,7 @@ def compare_loads(folders: dict[str, tuple[Path, Path]], saved: dict[str, Path])
     from megatron_vespo.weights.load import load_hf
 
     platform.current().prepare_megatron(1)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # the saver has a child
     wrong = []
     for kind, split in SPLITS:
         hf, megatron = folders[kind]
@@ -100,3 +104,17 @@ def test_what_two_ranks_saved_comes_back_bitwise(kind: str, loads: Any, tmp_path
     to_hf(saved, tmp_path / "back", hf=hf)
     assert differences(load_file(tmp_path / "back" / "model.safetensors"), hf) == []
     assert verify(hf, saved).proven
+
+
+def test_a_flipped_bit_of_what_two_ranks_saved_is_found(loads: Any, tmp_path: Path) -> None:
+    hf, _ = loads[1]["qwen3 tied"]
+    folder = Path(shutil.copytree(hf.parent / "saved", tmp_path / "saved"))
+    weight = load_file(hf / "model.safetensors")["model.layers.3.mlp.gate_proj.weight"][:24].numpy().tobytes()
+    [file] = [file for file in folder.glob("*.distcp") if weight in file.read_bytes()]
+    data = bytearray(file.read_bytes())
+    data[data.find(weight) + 50] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(
+        WeightsError, match=rf"{file.name}: decoder\.layers\.mlp\.linear_fc1\.weight, bytes .*corrupted"
+    ):
+        to_hf(folder, tmp_path / "out", hf=hf)
