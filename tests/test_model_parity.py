@@ -126,7 +126,8 @@ def errors_of_a_split(
     ranks.initialize(layout, seed=1)
     config = tiny_config(kind)
     chunks = build_model(config, model_config, layout)
-    load(chunks, megatron_tensors(config, held(tiny_hf_model(config, torch.float32))))
+    whole = megatron_tensors(config, held(tiny_hf_model(config, torch.float32)))
+    load(chunks, whole)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
@@ -169,6 +170,9 @@ def errors_of_a_split(
             error = float((parameter.main_grad - expected).abs().max()) / scale  # type: ignore[attr-defined]
             if not error <= worst:
                 worst, whose = error, full_name
+        for name, bias in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                assert torch.equal(bias, whole[whole_name(chunk, name)]), "an update moved an expert bias"
     ranks.destroy()
     return max(logprob_errors), worst, whose, names
 
