@@ -197,12 +197,12 @@ def references() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one_rank(references: dict[str, Any]) -> dict[str, Any]:
-    return run_ranks(run_splits, 1, {kind: {} for kind in references}, references)[0]
+    return run_ranks(run_splits, 1, {kind: {} for kind in references}, references, timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(references: dict[str, Any]) -> list[dict[str, Any]]:
-    return run_ranks(run_splits, 2, SPLITS, references)
+    return run_ranks(run_splits, 2, SPLITS, references, timeout_s=240)
 
 
 @pytest.mark.slow

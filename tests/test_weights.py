@@ -323,7 +323,7 @@ def two_ranks_report(checkpoints: dict[str, Path], broken: Path) -> RankReport:
 @pytest.fixture(scope="module")
 def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[RankReport]:
     broken = changed(checkpoints["qwen3_moe"], tmp_path_factory.mktemp("broken"), _without_an_expert)
-    return run_ranks(two_ranks_report, 2, checkpoints, broken)
+    return run_ranks(two_ranks_report, 2, checkpoints, broken, timeout_s=240)
 
 
 @pytest.mark.slow
