@@ -102,7 +102,7 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0: never."""
-    ess_step: Literal["off", "w", "phi"] = "off"
+    ess_step: Literal["none", "w", "phi"] = "none"
     """Scale each update's rate by sqrt(ESS / n) of these sequence weights (VCPO)."""
 
 

@@ -106,7 +106,7 @@ class PolicyTrainer:
         router_metrics = router_losses.metrics() if router_losses is not None else {}
         router_metrics |= mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
-        if self.config.optimizer.ess_step != "off":
+        if self.config.optimizer.ess_step != "none":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
