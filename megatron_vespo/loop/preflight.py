@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.architecture import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
-from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.rollout import HttpEngine
 from megatron_vespo.rollout.launch import flag_names

@@ -34,6 +34,11 @@ _SHAPE = (
     "intermediate_size",
     "num_experts",
     "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "q_lora_rank",
+    "kv_lora_rank",
 )
 
 

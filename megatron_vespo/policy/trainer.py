@@ -20,9 +20,10 @@ from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.architecture import num_experts
 from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
-from megatron_vespo.policy.model import build_model, num_experts
+from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
 from megatron_vespo.policy.response_weights import weigh

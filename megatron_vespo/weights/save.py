@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_vespo.weights.checksum import ALGORITHM, checksum
 from megatron_vespo.weights.load import INDEX_FILE
+from megatron_vespo.weights.mapping import is_multi_token_prediction
 
 CHECKSUM_FILE = "checksums.json"
 _CARRIED_OVER = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*")
@@ -53,7 +54,7 @@ def save_hf_folder(
     try:
         _carry_over(source_folder, partial)
         manifest = _write_shards(tensors, partial, max_shard_bytes)
-        _set_dtype(partial / "config.json", manifest)
+        _fit_config(partial / "config.json", manifest)
         _write_json(partial / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": manifest})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -116,11 +117,16 @@ def _carry_over(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _set_dtype(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names."""
+def _fit_config(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names. Nor may
+    it promise layers for multi-token prediction where there are none: an engine may look for them."""
     config = json.loads(config_file.read_text())
     dtype = Counter(entry["dtype"] for entry in manifest.values()).most_common(1)[0][0]
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if predicting := config.get("num_nextn_predict_layers"):
+        layers = config["num_hidden_layers"]
+        if not any(is_multi_token_prediction(name, layers, predicting) for name in manifest):
+            config["num_nextn_predict_layers"] = 0
     _write_json(config_file, config)
 
 
