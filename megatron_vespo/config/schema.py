@@ -22,6 +22,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: Path
     """Folder of the HF checkpoint to start from: config.json, safetensors, tokenizer."""
+    weights: Path | None = None
+    """Megatron distributed checkpoint (converted, or of a run) that the trainer starts from instead of path's
+    safetensors. Config and tokenizer are path's; engines start from path and are synced before the first rollout."""
     shape: Path | None = None
     """Folder with a config.json to plan with (--dry-run) on a machine that does not have the checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -102,7 +105,7 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0: never."""
-    ess_step: Literal["off", "w", "phi"] = "off"
+    ess_step: Literal["none", "w", "phi"] = "none"
     """Scale each update's rate by sqrt(ESS / n) of these sequence weights (VCPO)."""
 
 

@@ -344,8 +344,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             prompts.restore(state["prompts"])
         if config.sync.transport != "disk":
             engines.pool.refresh = run.publish_weights
-        if checkpoint or config.rollout.urls:
-            # Engines that someone else started may hold anything.
+        if checkpoint or config.rollout.urls or config.model.weights:
+            # Engines were launched from model.path; those that someone else started may hold anything.
             run.sync_weights()
         yield run
 

@@ -69,7 +69,10 @@ class PolicyTrainer:
         self.layout = ParallelLayout.from_config(config.parallel, dist.get_world_size(), num_experts(self.hf_config))
         layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
-        load_hf(self.models, config.model.path)
+        if config.model.weights is None:
+            load_hf(self.models, config.model.path)
+        else:
+            checkpoint.load_weights(config.model.weights, self.models)
         mode = config.model.routing_replay
         self.routing_replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
         sharded = config.parallel.distributed_optimizer
@@ -107,7 +110,7 @@ class PolicyTrainer:
         router_metrics = router_losses.metrics() if router_losses is not None else {}
         router_metrics |= mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
-        if self.config.optimizer.ess_step != "off":
+        if self.config.optimizer.ess_step != "none":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()

@@ -52,10 +52,10 @@ def save_hf_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _carry_over(source_folder, partial)
+        carry_over(source_folder, partial)
         manifest = _write_shards(tensors, partial, max_shard_bytes)
-        _fit_config(partial / "config.json", manifest)
-        _write_json(partial / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": manifest})
+        fit_config(partial / "config.json", manifest)
+        write_json(partial / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": manifest})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -106,18 +106,19 @@ def _write_shards(
         entry["file"] = names[entry["file"]]
     if len(shards) > 1:
         weight_map = {name: entry["file"] for name, entry in manifest.items()}
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return manifest
 
 
-def _carry_over(source: Path, folder: Path) -> None:
+def carry_over(source: Path, folder: Path) -> None:
+    """Copy everything of an HF folder but its weights."""
     for pattern in _CARRIED_OVER:
         for file in source.glob(pattern):
             if file.name not in (CHECKSUM_FILE, INDEX_FILE):
                 shutil.copyfile(file, folder / file.name)
 
 
-def _fit_config(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
+def fit_config(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
     """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names. Nor may
     it promise layers for multi-token prediction where there are none: an engine may look for them."""
     config = json.loads(config_file.read_text())
@@ -127,8 +128,8 @@ def _fit_config(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
         layers = config["num_hidden_layers"]
         if not any(is_multi_token_prediction(name, layers, predicting) for name in manifest):
             config["num_nextn_predict_layers"] = 0
-    _write_json(config_file, config)
+    write_json(config_file, config)
 
 
-def _write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
