@@ -236,7 +236,8 @@ class SyncConfig(Section):
     timeout_s: PositiveFloat = 120
     """Seconds that the engines may take to join a broadcast, and a bucket to reach them."""
     folder: Path | None = None
-    """Where the disk transport writes; None: shared memory (/dev/shm) if there is room, else the run directory."""
+    """Where the disk transport writes; None: shared memory (/dev/shm) if it holds three copies of model.path and one
+    node is all there is, else the run directory."""
     probe_tolerance: PositiveFloat | None = None
     """Largest |engine - trainer| log-prob on the probe before the run is stopped; None: measured only."""
 

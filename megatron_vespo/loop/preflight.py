@@ -239,11 +239,6 @@ def _check_sync(config: RunConfig) -> None:
                 f"sync.transport = shared_memory with rollout.urls of another machine, {elsewhere[0]}; "
                 "set sync.transport to broadcast or disk"
             )
-    if sync.transport == "disk" and config.rollout.engine == "sglang" and config.rollout.precision == "fp8":
-        raise ConfigError(
-            "sync.transport = disk with rollout.engine = sglang and rollout.precision = fp8: the folder holds no fp8 "
-            "blocks, which SGLang cannot make of it; set sync.transport to broadcast or shared_memory"
-        )
     if sync.transport == "disk" and elsewhere and sync.folder is None:
         raise ConfigError(
             f"sync.transport = disk with rollout.urls of another machine, {elsewhere[0]}, and no sync.folder; "
