@@ -83,25 +83,26 @@ def _step(folder: Path) -> int:
 
 def check_same_model(folder: Path, hf_config: Any) -> None:
     """Raises :class:`CheckpointError` when the checkpoint is of a model of another shape."""
-    _compare(folder, json.loads((folder / STATE_FILE).read_text())["model"], hf_config)
+    mend = "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
+    _compare(folder, json.loads((folder / STATE_FILE).read_text())["model"], hf_config, mend)
 
 
-def _compare(folder: Path, saved: dict[str, Any], hf_config: Any) -> None:
+def _compare(folder: Path, saved: dict[str, Any], hf_config: Any, mend: str) -> None:
     ours = _shape(hf_config)
     differing = [f"{key} is {saved.get(key)} there and {ours[key]} here" for key in ours if saved.get(key) != ours[key]]
     if differing:
-        raise CheckpointError(
-            f"{folder}: a checkpoint of another model: {'; '.join(differing)}. "
-            "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
-        )
+        raise CheckpointError(f"{folder}: a checkpoint of another model: {'; '.join(differing)}. {mend}")
 
 
 def check_weights(folder: Path, hf_config: Any) -> None:
     """Raises :class:`CheckpointError` for a distributed checkpoint of a model of another shape."""
     if (folder / STATE_FILE).is_file():
-        check_same_model(folder, hf_config)
+        saved = json.loads((folder / STATE_FILE).read_text())["model"]
     elif (folder / HF_FOLDER / "config.json").is_file():
-        _compare(folder, _shape(AutoConfig.from_pretrained(folder / HF_FOLDER)), hf_config)
+        saved = _shape(AutoConfig.from_pretrained(folder / HF_FOLDER))
+    else:
+        return  # of someone else's making: loading it will tell
+    _compare(folder, saved, hf_config, "Set model.path to the HF folder of that model.")
 
 
 def save_checkpoint(
