@@ -285,7 +285,7 @@ def test_against_a_model_of_it_under_random_calls_and_reopening(tmp_path: Path) 
             groups = {name.rpartition("/")[0] for name in model}
             for group in groups:
                 members = [n for n in model if n.rpartition("/")[0] == group]
-                touched = [n for n in members if model[n][1] is None or model[n][1] >= back]  # type: ignore[operator]
+                touched = [n for n in members if model[n][0] in OPEN or model[n][1] >= back]  # type: ignore[operator]
                 lost = any(model[n][0] == "dropped" and not whole_or_partial.get(n) for n in touched)
                 for n in touched:
                     state, _ = model[n]

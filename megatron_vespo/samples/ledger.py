@@ -247,8 +247,8 @@ class Ledger:
             payload_file(self.pending, payload).unlink(missing_ok=True)
 
     def roll_back(self, version: int, recipe: Mapping[str, Any]) -> Rollback:
-        """The weights are those of ``version`` again: whatever was assigned, trained or dropped at it or later is
-        undone, with a record of each sample in the table ``undone``.
+        """The weights are those of ``version`` again: whatever is assigned, and what was trained or dropped
+        at it or later, is undone, with a record of each sample in the table ``undone``.
 
         What is on disk becomes ``scored`` (or what it was before) and is trained from there. A group of which a payload
         is gone or damaged is dropped as ``rolled back``, and may be asked anew. So is all of it, as ``config changed``,
