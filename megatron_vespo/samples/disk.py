@@ -17,12 +17,17 @@ class DiskFull(RuntimeError):
     """What was to be written does not fit, and nothing of it has been. The message names folder and bytes."""
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raises :class:`DiskFull` unless ``needed`` bytes are free at ``folder``, or the nearest above it that exists."""
+def free_bytes(folder: Path) -> int:
+    """At ``folder``, or the nearest above it that exists."""
     there = folder.resolve()
     while not there.exists():
         there = there.parent
-    free = shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free
+
+
+def require_space(folder: Path, needed: int, what: str, free: int | None = None) -> None:
+    """Raises :class:`DiskFull` unless ``needed`` bytes are free at ``folder`` (``free``: that, where it is known)."""
+    free = free_bytes(folder) if free is None else free
     if free < needed + SPARE_BYTES:
         raise DiskFull(
             f"{folder}: {what} needs {needed:,} bytes (and {SPARE_BYTES:,} to spare) and {free:,} are free there. "

@@ -20,7 +20,7 @@ How a loop uses it (every method is one transaction, and returns when it is comm
         ledger.assigned([s.id ...], version)              # the mini-batch, in order, before its update
         ledger.trained([s.id ...], version)               # after its update
         ledger.dropped([s.id ...], reason, version)       # from any state that is not final
-        ledger.make_durable()                             # before a checkpoint is committed
+        ledger.make_durable(version)                      # before a checkpoint is committed
         ledger.release(version)                           # after: the version of the oldest checkpoint that is kept
 
 A sample's id is ``<name of its group>/<place in it>``. A transition that is not drawn above raises :class:`LedgerError`
@@ -45,7 +45,6 @@ import fcntl
 import json
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,8 @@ class Ledger:
     Raises :class:`LedgerError`, and :class:`~megatron_vespo.samples.disk.DiskFull` with nothing written.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, anew: bool = False) -> None:
+        """``anew``: a ledger that is there is kept as ``ledger.previous.sqlite``, without its payloads."""
         self.path = run_dir / FILE
         self.pending = run_dir / PENDING
         self.pending.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,9 @@ class Ledger:
             raise LedgerError(
                 f"{run_dir}: another process is training in this directory. Wait for its end, or set another run_dir."
             ) from None
+        if anew and self.path.exists():
+            sqlite3.connect(self.path).close()  # takes the log back into the file
+            self.path.replace(run_dir / "ledger.previous.sqlite")
         self._mutex = threading.RLock()
         self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -222,12 +225,12 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
-    def make_durable(self) -> None:
-        """Everything committed so far survives a power cut too."""
+    def make_durable(self, version: int) -> None:
+        """Everything committed so far survives a power cut too; ``version``: that of the checkpoint that follows."""
         with self._mutex:
             self._db.execute("PRAGMA synchronous=FULL")
             try:
-                self._set_fact("durable", str(time.time()))
+                self._set_fact("version", str(version))
             finally:
                 self._db.execute("PRAGMA synchronous=NORMAL")
 
@@ -246,19 +249,23 @@ class Ledger:
         for (payload,) in done:
             payload_file(self.pending, payload).unlink(missing_ok=True)
 
-    def roll_back(self, version: int, recipe: Mapping[str, Any]) -> Rollback:
+    def roll_back(self, version: int, recipe: Mapping[str, Any]) -> Rollback | None:
         """The weights are those of ``version`` again: whatever is assigned, and what was trained or dropped
         at it or later, is undone, with a record of each sample in the table ``undone``.
 
         What is on disk becomes ``scored`` (or what it was before) and is trained from there. A group of which a payload
         is gone or damaged is dropped as ``rolled back``, and may be asked anew. So is all of it, as ``config changed``,
-        where ``recipe`` (JSON-able: what decides which samples come about) is not that of the last call.
+        where ``recipe`` (JSON-able: what decides which samples come about) is not that of the last call. None: nothing
+        was ever asked.
         """
         text = json.dumps(recipe, sort_keys=True, default=str)
         with self._transaction():
             before = self._db.execute("SELECT value FROM facts WHERE name = 'recipe'").fetchone()
             changed = before is not None and before[0] != text
             self._set_fact("recipe", text)
+            self._set_fact("version", str(version))
+            if not self._last("groups"):
+                return None
             result = undo(self._db, version, self._broken(), "config changed" if changed else None)
             self._adopted = self._last("groups")
         return result

@@ -23,6 +23,12 @@ class Rollback:
     dropped: int
     """Not on disk any more, or sampled under another config: their groups are asked anew."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.untrained} samples had been trained after version {self.version} and are not any more; "
+            f"{self.reused} on disk are used again, {self.dropped} are dropped"
+        )
+
 
 def undo(db: sqlite3.Connection, version: int, broken: Iterable[int], everything_because: str | None) -> Rollback:
     """Inside a transaction of the caller's. ``broken``: payloads that cannot be read. ``everything_because``: why
