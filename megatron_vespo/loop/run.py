@@ -30,7 +30,7 @@ from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest, oldest, prune, read_state, step_folder
+from megatron_vespo.policy.checkpoint import complete, newest, prune, read_state, step_folder
 from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.length import overlong_penalty
@@ -309,9 +309,10 @@ class Run:
             self.ledger.make_durable(self.version)
             self.trainers.save(step_folder(folder, self.step), state)
             prune(folder, self.config.checkpoint.keep)
-            kept = oldest(folder)
-            assert kept is not None
-            self.ledger.release(read_state(kept)["version"])
+            kept = complete(folder)
+            # Before that many, damage to the newest would throw the run back to its start.
+            if len(kept) == self.config.checkpoint.keep:
+                self.ledger.release(read_state(kept[0])["version"])
 
     def finish(self) -> None:
         """The last checkpoint, the HF export and the report."""

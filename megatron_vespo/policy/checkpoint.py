@@ -56,11 +56,12 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints`` folder."""
-    return max(_complete(checkpoints), key=_step, default=None)
+    return next(reversed(complete(checkpoints)), None)
 
 
-def oldest(checkpoints: Path) -> Path | None:
-    return min(_complete(checkpoints), key=_step, default=None)
+def complete(checkpoints: Path) -> list[Path]:
+    """Those that lack no file and no byte, the oldest first."""
+    return sorted((folder for folder in _named(checkpoints) if _is_complete(folder)), key=_step)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, what interrupted saves left, and what was set aside."""
     leftovers = [path for suffix in ("partial", "damaged") for path in checkpoints.glob(f"step_*.{suffix}")]
-    for folder in [*sorted(_complete(checkpoints), key=_step)[:-keep], *leftovers]:
+    for folder in [*complete(checkpoints)[:-keep], *leftovers]:
         shutil.rmtree(folder)
 
 
@@ -107,10 +108,6 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _named(checkpoints: Path) -> list[Path]:
     return [path for path in checkpoints.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-
-
-def _complete(checkpoints: Path) -> list[Path]:
-    return [folder for folder in _named(checkpoints) if _is_complete(folder)]
 
 
 def _is_complete(folder: Path) -> bool:
