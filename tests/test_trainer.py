@@ -59,7 +59,7 @@ def check_checkpoint(trainer: Any, folder: Path) -> None:
 
     state = {"step": 1, "version": 2}
     free_bytes, checkpoint.free_bytes = checkpoint.free_bytes, lambda folder: 1000 + 10**9 * dist.get_rank()
-    with pytest.raises(DiskFull, match="step_000001 needs .* 1,000 are free there") as refusal:
+    with pytest.raises(DiskFull, match=r"step_000001 needs .* 1,000 are free there") as refusal:
         trainer.save(folder, state)
     checkpoint.free_bytes = free_bytes
     assert not folder.parent.exists()
