@@ -20,6 +20,7 @@ from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.resume import load_newest, recipe
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.mismatch import add_probe, mismatch_metrics
@@ -29,7 +30,7 @@ from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
+from megatron_vespo.policy.checkpoint import complete, newest, prune, read_state, step_folder
 from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.length import overlong_penalty
@@ -39,6 +40,7 @@ from megatron_vespo.rollout.protocol import Engine, EngineError, SamplingParams
 from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.rollout.sampling import group_seeds, sample_groups
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
 from megatron_vespo.samples.weight_table import WeightTable, stacked
@@ -54,6 +56,7 @@ class Run:
 
     config: RunConfig
     trainers: TrainerGroup
+    ledger: Ledger
     engines: EngineGroup
     rewards: RewardWorkers
     prompts: PromptStream
@@ -98,12 +101,14 @@ class Run:
         samples_per_prompt: int,
         *,
         batch: str,
+        seeds: Sequence[int] | None = None,
         routing: RoutingShape | None = None,
     ) -> list[Sample]:
+        """``seeds``: one a prompt; None: those of whole batch ``batch`` of this step."""
         options: dict[str, Any] = dict(
             samples_per_prompt=samples_per_prompt,
             batch=f"{self.step}/{batch}",
-            seeds=group_seeds(self.config.seed, self.step, batch, len(prompts)),
+            seeds=group_seeds(self.config.seed, self.step, batch, len(prompts)) if seeds is None else seeds,
             tokenizer=self.tokenizer,
             routing=routing,
         )
@@ -112,14 +117,39 @@ class Run:
         return sample_groups(self.engines.pool, prompts, sampling, **options)
 
     def rollout(self, prompts: Sequence[Prompt], *, batch: str) -> list[Sample]:
+        """Prompt groups in the order of ``prompts``. What the ledger has of them from before a restart is not sampled
+        again."""
         settings = self.config.rollout
-        sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
-        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch, routing=self.routing)
-        if self.config.train.mask_truncated:
-            for sample in samples:
-                if sample.finish_reason == "length":
-                    sample.loss_mask = np.zeros_like(sample.loss_mask)
-        return samples
+        size = settings.samples_per_prompt
+        names = self.ledger.ask(f"{self.step}/{batch}", prompts, size, self.step)
+        groups = self.ledger.recall(names)
+        missing = [place for place, name in enumerate(names) if name not in groups]
+        if missing:
+            seeds = group_seeds(self.config.seed, self.step, batch, len(prompts))
+            new = self.sample(
+                [prompts[place] for place in missing],
+                self.sampling(settings.temperature, settings.top_p, settings.top_k),
+                size,
+                batch=batch,
+                seeds=[seeds[place] for place in missing],
+                routing=self.routing,
+            )
+            if self.config.train.mask_truncated:
+                for sample in new:
+                    if sample.finish_reason == "length":
+                        sample.loss_mask = np.zeros_like(sample.loss_mask)
+            self.ledger.generated(new)
+            groups |= {names[place]: new[i * size : (i + 1) * size] for i, place in enumerate(missing)}
+        return [sample for name in names for sample in groups[name]]
+
+    def reward(self, samples: Sequence[Sample]) -> None:
+        """Score those that have no reward yet, for the ledger too."""
+        new = [sample for sample in samples if sample.reward is None]
+        self.score(new)
+        self.ledger.scored(new)
+
+    def drop(self, groups: Sequence[Sequence[Sample]], reason: str) -> None:
+        self.ledger.dropped([sample.id for group in groups for sample in group], reason, self.version)
 
     def score(self, samples: Sequence[Sample]) -> None:
         graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
@@ -155,11 +185,14 @@ class Run:
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
+        ids = [sample.id for sample in mini_batch]
+        self.ledger.assigned(ids, self.version)
         metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
         for name, (total, denominator) in metrics.items():
             self.metrics.add(name, total, denominator)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
             sample.train_logprobs, sample.trained_version = trained, self.version
+        self.ledger.trained(ids, self.version)
         self.weights.append(weights)
         lag = self.version - np.concatenate([s.weight_versions[s.loss_mask] for s in mini_batch])
         self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
@@ -273,12 +306,19 @@ class Run:
         with self.phase("checkpoint"):
             folder = self.config.directory / "checkpoints"
             state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()}
+            self.ledger.make_durable(self.version)
             self.trainers.save(step_folder(folder, self.step), state)
             prune(folder, self.config.checkpoint.keep)
+            kept = complete(folder)
+            # Before that many, damage to the newest would throw the run back to its start.
+            if len(kept) == self.config.checkpoint.keep:
+                self.ledger.release(read_state(kept[0])["version"])
 
     def finish(self) -> None:
         """The last checkpoint, the HF export and the report."""
-        self.save_checkpoint()
+        folder = self.config.directory / "checkpoints"
+        if newest(folder) != step_folder(folder, self.step):
+            self.save_checkpoint()
         if self.config.checkpoint.export_hf:
             self.trainers.export_hf(self.config.directory / "hf")
         self.writer.close()
@@ -294,8 +334,6 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
 
     config = resolved.run
     directory = config.directory
-    checkpoint = newest(directory / "checkpoints") if config.checkpoint.resume else None
-    state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
     prompts.require(config.train.prompts_per_step)
@@ -303,9 +341,23 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
     play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
 
     with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(directory, anew=not config.checkpoint.resume))
+        (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
+        stack.enter_context(ray_cluster(config))
+        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
+        stack.callback(rewards.close)
+        engines = EngineGroup(config, directory / "logs")
+        stack.callback(engines.close)
+        trainers = TrainerGroup(config, directory / "logs")
+        stack.callback(trainers.close)
+        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
+        checkpoint = load_newest(config, trainers)
+        state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
+        if checkpoint:
+            prompts.restore(state["prompts"])
+        rollback = ledger.roll_back(state["version"], recipe(config, prompts.prompts))
         writer = stack.enter_context(
             RunWriter(
                 directory,
@@ -316,17 +368,10 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
                 config=config.model_dump(mode="json"),
             )
         )
-        stack.enter_context(ray_cluster(config))
-        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
-        stack.callback(rewards.close)
-        engines = EngineGroup(config, directory / "logs")
-        stack.callback(engines.close)
-        trainers = TrainerGroup(config, directory / "logs")
-        stack.callback(trainers.close)
-        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
         run = Run(
             config=config,
             trainers=trainers,
+            ledger=ledger,
             engines=engines,
             rewards=rewards,
             prompts=prompts,
@@ -339,9 +384,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             step=state["step"],
             version=state["version"],
         )
-        if checkpoint:
-            trainers.load(checkpoint)
-            prompts.restore(state["prompts"])
+        if rollback is not None:
+            run.progress.message(f"resumed from step {run.step}: {rollback}")
         if config.sync.transport != "disk":
             engines.pool.refresh = run.publish_weights
         if checkpoint or config.rollout.urls or config.model.weights:
