@@ -187,8 +187,8 @@ class RewardConfig(Section):
 
 class TrainConfig(Section):
     mode: Literal["synchronous", "asynchronous", "constant_lag"] = "synchronous"
-    """synchronous: sample a batch, train on it, sync. asynchronous: sample and train side by side (docs/async.md, section
-    asynchronous). constant_lag: as synchronous, on data exactly so many updates old (section constant_lag)."""
+    """synchronous: sample a batch, train on it, sync. asynchronous: sample and train side by side (docs/async.md and
+    section asynchronous). constant_lag: as synchronous, on data exactly so many updates old (section constant_lag)."""
     steps: PositiveInt = 100
     """Rollout batches."""
     prompts_per_step: PositiveInt = 256

@@ -84,4 +84,4 @@ def _ratio_metrics(run: Run, samples: Sequence[Sample]) -> dict[str, float]:
     health = health_metrics(stacked(run.weights))
     if run.config.knows_old_policy:
         return health | mismatch_metrics(samples)
-    return {name: value for name, value in health.items() if not name.endswith(("_stale", "_engine"))}
+    return {name: value for name, value in health.items() if not any(part in name for part in ("_stale", "_engine"))}

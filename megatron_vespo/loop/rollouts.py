@@ -221,11 +221,14 @@ class Rollouts:
         return self._drawn.popleft()
 
     def _submit(self, groups: list[Group]) -> None:
-        """Those of one rollout batch at once: short ones share the calls that they have in a synchronous run."""
-        batches: dict[int, list[Group]] = {}
+        """Where groups are taken in the order asked, those of one rollout batch at once: short ones share the calls
+        that they have in a synchronous run. Otherwise each by itself: a call is done when its longest response is."""
+        in_order = self.settings.too_stale == "wait"
+        calls: dict[int, list[Group]] = {}
         for group in groups:
-            batches.setdefault(group.number // self.batch, []).append(group)
-        for step, members in batches.items():
+            calls.setdefault(group.number // self.batch if in_order else group.number, []).append(group)
+        for members in calls.values():
+            step = members[0].number // self.batch
             places = [group.number % self.batch for group in members]
             asked = self.run.ask([group.prompt for group in members], step=step, places=places)
             for group, under_way in zip(members, asked, strict=True):
