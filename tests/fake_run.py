@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.rewards.worker import Scored
 from megatron_vespo.rollout import EnginePool, GenerateRequest, Generation
 from megatron_vespo.samples.dataset import PromptStream
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.weight_table import stacked
 
@@ -80,7 +82,8 @@ class FakeTrainers:
         return {}, [np.full(len(s.response_tokens), value, np.float32) for s in samples]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        self.saved = state
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state.json").write_text(json.dumps({"driver": state, "model": {}}))
 
 
 class FakeSync:
@@ -147,10 +150,13 @@ def fake_run(
     prompts = [Prompt(str(i), np.array([i], np.int32), str(i), str(i)) for i in range(PROMPTS)]
     pool = EnginePool([engine])
     state = resumed or {"step": 0, "version": 0}
+    ledger = Ledger(folder)
+    ledger.roll_back(state["version"], {})
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda tokens, skip_special_tokens: "")
     run = QuietRun(
         config=config,
         trainers=FakeTrainers(update_s),  # type: ignore[arg-type]
+        ledger=ledger,
         engines=SimpleNamespace(pool=pool, engine=engine),  # type: ignore[arg-type]
         engine_weights=FakeSync(engine),  # type: ignore[arg-type]
         rewards=FakeRewards(),  # type: ignore[arg-type]

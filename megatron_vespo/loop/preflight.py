@@ -72,7 +72,12 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    checkpoint = newest(config.directory / "checkpoints") if config.checkpoint.resume else None
+    checkpoint = newest(config.directory / "checkpoints")
+    if checkpoint is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume = false: {checkpoint.parent} holds the checkpoints of an earlier run, among which "
+            "those of this one would be lost. Set run_dir to a new folder, or move them away."
+        )
     if checkpoint is not None:
         try:
             check_same_model(checkpoint, hf_config)
