@@ -38,6 +38,8 @@ class SteppingEngine(FakeEngine):
     def __init__(self, lengths: Sequence[int], step_s: float) -> None:
         super().__init__("http://fake")
         self.lengths, self.step_s = lengths, step_s
+        self.ended: dict[str, str] = {}
+        """Request -> how its responses ended."""
 
     async def _sampled(self, request: GenerateRequest) -> list[Generation]:
         length = min(self.lengths[int(request.prompt_tokens[0])], request.sampling.max_tokens)
@@ -52,6 +54,7 @@ class SteppingEngine(FakeEngine):
                 break
             if not self.paused:
                 versions.append(self.version)
+        self.ended[request.id] = reason
         tokens = np.arange(len(versions), dtype=np.int32)
         return [
             Generation(tokens, -np.ones(len(versions), np.float32), np.array(versions, np.int32), reason)  # type: ignore[arg-type]

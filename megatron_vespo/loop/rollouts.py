@@ -242,8 +242,8 @@ class Rollouts:
         if resumed:
             self.counts["sampled_again"] += again
             self.run.progress.message(
-                f"{len(resumed)} prompt groups were open at the checkpoint: {len(resumed) - again} are trained from disk, "
-                f"{again} are sampled again, what there was of their responses is dropped"
+                f"{len(resumed)} prompt groups were open at the checkpoint: {len(resumed) - again} are trained from "
+                f"disk, {again} are sampled again, what there was of their responses is dropped"
             )
 
     def _room(self) -> int:
@@ -297,7 +297,9 @@ class Rollouts:
                 self._changed.notify_all()
 
     def _hand_over(self, groups: list[Group]) -> None:
-        whole, cut, new = [], [], []
+        whole: list[Group] = []
+        cut: list[Group] = []
+        new: list[Group] = []
         for group in groups:
             if group.samples is None and group.under_way is not None:
                 group.samples = group.under_way.samples()
