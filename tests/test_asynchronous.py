@@ -131,7 +131,9 @@ def test_the_queue_is_no_longer_than_it_may_be(tmp_path: Path) -> None:
 
 
 def test_responses_go_on_over_a_sync_and_each_token_keeps_its_version(tmp_path: Path) -> None:
-    run = fake_run(tmp_path, lengths=STRAGGLERS, step_s=0.002, asynchronous={"max_staleness": 3})
+    order = [int(p.id) for p in fake_run(tmp_path / "order").prompts.next(PROMPTS)]
+    lengths = tuple(4 + order.index(i) for i in range(PROMPTS))  # the first are done, and trained, before the others
+    run = fake_run(tmp_path, lengths=lengths, step_s=0.005, asynchronous={"max_staleness": 3})
     train(run)
     samples = [s for batch in trained(run) for s in batch]
     mixed = [s for s in samples if len(set(s.weight_versions)) > 1]

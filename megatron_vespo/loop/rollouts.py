@@ -65,8 +65,8 @@ class Rollouts:
         self.counts: Counter[str] = Counter()
         """Groups since the run began: ``asked`` = ``trained`` + ``dropped_...`` + those open now."""
         self._metrics = MetricSums()
-        self._version = run.version
-        """That the groups taken next are trained at."""
+        self._first = self._version = run.version
+        """That the run goes on from; that the groups taken next are trained at."""
         self._left = (train.steps - run.step) * self.batch
         """Groups still to be taken."""
         self._drawn: deque[Group] = deque()
@@ -221,8 +221,8 @@ class Rollouts:
             self._tell_resumed(asked)
 
     def _recalled(self, group: Group) -> list[Sample] | None:
-        """Of use is what the weights of now sampled; or, where log pi_old is the engine's own, earlier ones too. Later
-        weights are lost, and those of now will not become the same again."""
+        """Of use is what the weights that the run goes on from sampled; or, where log pi_old is the engine's own,
+        earlier ones too. Later ones are lost: those that get their number now are not the same."""
         run = self.run
         step, size = group.number // self.batch, run.config.rollout.samples_per_prompt
         names = run.ledger.ask(f"{step}/train", [group.prompt], size, step)
@@ -230,7 +230,7 @@ class Rollouts:
         if samples is None:
             return None
         versions = versions_of(samples)
-        if any(v > run.version or (run.config.knows_old_policy and v < run.version) for v in versions):
+        if any(v > self._first or (run.config.knows_old_policy and v < self._first) for v in versions):
             run.ledger.discard(names, "weights that sampled it are gone", run.version)
             run.ledger.ask(f"{step}/train", [group.prompt], size, step)
             return None
