@@ -52,6 +52,13 @@ class Plan:
             f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
             f"run          {config.directory}",
         ]
+        if config.keeps_weights:
+            copies = config.asynchronous.max_staleness // config.asynchronous.sync_every + 1
+            lines.insert(
+                3,
+                f"host memory  up to {copies} x {memory.weights / GIB:.1f} GiB a rank for weights that sampled "
+                "(asynchronous.old_logprobs = exact)",
+            )
         return "\n".join(lines + [f"missing      {item}" for item in self.missing])
 
 

@@ -78,24 +78,25 @@ def draw_timeline(records: Sequence[Record]) -> str | None:
         return to_svg(figure)
 
 
-def draw_staleness(steps: Sequence[Record]) -> str | None:
-    """Share of all trained tokens by staleness, as SVG text; None if no record tells, or all were on policy."""
+def lag_shares(steps: Sequence[Record]) -> tuple[dict[int, float], int]:
+    """Staleness -> share of all trained tokens, ascending; and how many tokens these are."""
     tokens: Counter[int] = Counter()
     for record in steps:
         tokens.update({int(lag): count for lag, count in (record.get("staleness_tokens") or {}).items()})
     total = sum(tokens.values())
-    if not total or not any(tokens):
+    return {lag: tokens[lag] / total for lag in sorted(tokens)}, total
+
+
+def draw_staleness(steps: Sequence[Record]) -> str | None:
+    """Share of all trained tokens by staleness, as SVG text; None if no record tells, or all were on policy."""
+    shares, total = lag_shares(steps)
+    if not any(shares):
         return None
-    width = math.ceil((max(tokens) + 1) / BARS_SHOWN)
-    shares: Counter[int] = Counter()
-    for lag, count in tokens.items():
-        shares[lag // width] += count / total  # type: ignore[assignment]
+    width = math.ceil((max(shares) + 1) / BARS_SHOWN)
+    bars = [sum(share for lag, share in shares.items() if lag // width == i) for i in range(max(shares) // width + 1)]
     with styled():
         figure, axes = new_figure("staleness" if width == 1 else f"staleness, {width} updates a bar")
-        places = sorted(shares)
-        axes.bar(
-            [(p + 0.5) * width - 0.5 for p in places], [shares[p] for p in places], width=0.8 * width, color=SERIES[0]
-        )
+        axes.bar([(i + 0.5) * width - 0.5 for i in range(len(bars))], bars, width=0.8 * width, color=SERIES[0])
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel(f"of {total:,} trained tokens")
         return to_svg(figure)
