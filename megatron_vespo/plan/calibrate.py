@@ -1,0 +1,264 @@
+"""Rates measured in finished runs, from metrics.jsonl (seconds by phase) and the stored rollouts (true lengths).
+
+A phase's seconds are linear in what it had to do: decode steps, tokens, responses, passes. Each is fitted over the
+steps of all runs given, by least absolute deviations with no coefficient below 0, so that a step in which the machine
+was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed cost from one
+that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.config.load import ConfigError, load_config
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.observe.records import read_records
+from megatron_vespo.plan.clock import Clock
+from megatron_vespo.plan.engine import Group, Pool
+from megatron_vespo.plan.outcome import Outcome
+from megatron_vespo.plan.rates import Rates
+from megatron_vespo.plan.setup import Plant, plant_of
+from megatron_vespo.plan.workload import GroupShape, MeasuredLengths, groups_of
+from megatron_vespo.samples.store import StoreError, batch_file, read_batch, stored_steps
+
+WARMUP_STEPS = 2
+"""Of a run, in which kernels are compiled and caches filled: not looked at."""
+UNIT = Rates(decode_step=1.0, decode_response=0.0, train_token=0.0)
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """One step of a synchronous run, in what it had to do and how long that took."""
+
+    seconds: dict[str, float]
+    """By phase; ``driver``: what was outside them, where no evaluation and no checkpoint came in between."""
+    groups: list[GroupShape]
+    updates: int
+    decode_steps: float
+    """Of the engine that had the most."""
+    decode_responses: float
+    """Tokens that it decoded."""
+    prefill_tokens: float
+    replica_tokens: float
+    """Tokens of the fullest data-parallel replica over the GPUs that hold it, summed over the updates."""
+    staleness: np.ndarray
+    """[lags] response tokens trained."""
+
+    @property
+    def responses(self) -> int:
+        return sum(len(group.responses) for group in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        return sum(group.tokens for group in self.groups)
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    rates: Rates
+    workload: MeasuredLengths
+    steps: int
+    """Steps that were looked at."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def calibrate(run_dirs: Sequence[Path]) -> Calibration:
+    """Raises ConfigError where a folder is no run, or keeps no rollouts."""
+    steps = [step for run_dir in run_dirs for step in measured_steps(run_dir)]
+    warnings: list[str] = []
+
+    def fit(phase: str, **columns: list[float]) -> list[float]:
+        """Seconds of ``phase`` by one unit of each column."""
+        having = [i for i, step in enumerate(steps) if phase in step.seconds]
+        if not having:
+            return [0.0] * len(columns)
+        work = np.array(list(columns.values()), float).T[having]
+        seconds = np.array([steps[i].seconds[phase] for i in having])
+        if len(columns) > 1 and not _tells_apart(work):
+            warnings.append(
+                f"{phase}: all steps are about the same size, so that {' and '.join(columns)} cannot be told apart; "
+                "add a run with another batch (--from RUN_DIR RUN_DIR)"
+            )
+        return fit_absolute(work, seconds).tolist()
+
+    ones = [1.0] * len(steps)
+    updates = [float(step.updates) for step in steps]
+    tokens = [step.replica_tokens for step in steps]
+    responses = [float(step.responses) for step in steps]
+    decode_step, decode_response, prefill = fit(
+        "rollout",
+        decode_steps=[step.decode_steps for step in steps],
+        tokens=[step.decode_responses for step in steps],
+        prompt_tokens=[step.prefill_tokens for step in steps],
+    )
+    old_pass, old_token = fit("old log-probs", passes=updates, tokens=tokens)
+    update, train_token = fit("train", updates=updates, tokens=tokens)
+    reward_batch, reward_response = fit("reward", batches=ones, responses=responses)
+    driver, driver_response = fit("driver", steps=ones, responses=responses)
+    config = _config_of(run_dirs[0])
+    rates = Rates(
+        decode_step=decode_step,
+        decode_response=decode_response,
+        prefill_token=prefill,
+        max_running=max_running(config),
+        reward_batch=reward_batch,
+        reward_response=reward_response,
+        old_logprobs_pass=old_pass,
+        old_logprobs_token=old_token,
+        update=update,
+        train_token=train_token,
+        sync=float(np.median([step.seconds.get("sync", 0.0) for step in steps])),
+        step=driver,
+        step_response=driver_response,
+    )
+    workload = MeasuredLengths([group for step in steps for group in step.groups])
+    return Calibration(rates, workload, len(steps), warnings)
+
+
+def measured_outcome(run_dir: Path) -> Outcome:
+    """What a synchronous run did: its median step (the engines' idle share is that of their phase)."""
+    steps = measured_steps(run_dir)
+    seconds = float(np.median([step.total_s for step in steps]))
+    shares = {
+        name: float(np.median([step.seconds.get(name, 0.0) / step.total_s for step in steps]))
+        for name in ("rollout", "reward", "driver", "sync")
+    }
+    lags = np.zeros(max(len(step.staleness) for step in steps), np.int64)
+    for step in steps:
+        lags[: len(step.staleness)] += step.staleness
+    return Outcome(
+        seconds=seconds,
+        updates=round(float(np.median([step.updates for step in steps]))),
+        samples=round(float(np.median([step.responses for step in steps]))),
+        tokens=round(float(np.median([step.tokens for step in steps]))),
+        staleness=lags,
+        trainer_idle=shares["rollout"] + shares["reward"] + shares["driver"],
+        trainer_sync=shares["sync"],
+        engine_idle=1 - shares["rollout"],
+        engine_fill=float("nan"),
+        dropped=0.0,
+        late=0.0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ one run's steps
+
+
+def measured_steps(run_dir: Path) -> list[MeasuredStep]:
+    """The steps of a synchronous run whose rollouts it kept, without its first :data:`WARMUP_STEPS`."""
+    records = read_records(run_dir / "metrics.jsonl")
+    if not records:
+        raise ConfigError(f"{run_dir}: no metrics.jsonl there, or nothing in it; give the directory of a run")
+    config = _config_of(run_dir)
+    folder = run_dir / "rollouts"
+    stored = set(stored_steps(folder))
+    found = []
+    for before, record in zip(records, records[1:], strict=False):
+        if "eval" in record or record["step"] <= WARMUP_STEPS or record["step"] not in stored:
+            continue
+        seconds = dict(record["seconds"])
+        if "eval" not in before and "checkpoint" not in seconds:
+            seconds["driver"] = max(0.0, record["time"] - before["time"] - sum(seconds.values()))
+        found.append(_measured_step(config, batch_file(folder, record["step"]), seconds))
+    if not found:
+        raise ConfigError(
+            f"{folder}: no stored rollouts of a step after the {WARMUP_STEPS}nd; a run keeps its newest where "
+            "log.rollouts_kept > 0"
+        )
+    return found
+
+
+def _measured_step(config: RunConfig, path: Path, seconds: dict[str, float]) -> MeasuredStep:
+    try:
+        samples = read_batch(path)
+    except StoreError as error:
+        raise ConfigError(str(error)) from None
+    plant = plant_of(config)
+    by_update: dict[int, list[int]] = {}
+    lags: list[np.ndarray] = []
+    for sample in samples:
+        version = sample.trained_version or 0
+        by_update.setdefault(version, []).append(sample.length)
+        lags.append(version - sample.weight_versions[sample.loss_mask])
+    groups = groups_of(samples)
+    return MeasuredStep(
+        seconds=seconds,
+        groups=groups,
+        updates=len(by_update),
+        replica_tokens=sum(
+            max(sum(lengths) / plant.replicas, max(lengths)) / plant.replica_gpus for lengths in by_update.values()
+        ),
+        staleness=np.bincount(np.concatenate(lags)),
+        **decode_work(groups, plant, max_running(config)),
+    )
+
+
+def decode_work(groups: Sequence[GroupShape], plant: Plant, running: int) -> dict[str, float]:
+    """What a rollout batch asks of the engine that has the most decode steps to do."""
+    clock = Clock()
+    rates = UNIT.model_copy(update={"max_running": running})
+    pool = Pool(clock, rates, plant.engines, plant.in_flight, lambda group: None)
+    for number, shape in enumerate(groups):
+        pool.submit(Group(number, shape, left=len(shape.responses)))
+    clock.run()
+    busiest = max(pool.engines, key=lambda engine: engine.progress)
+    share = busiest.response_steps / max(1.0, sum(engine.response_steps for engine in pool.engines))
+    return {
+        "decode_steps": busiest.progress,
+        "decode_responses": busiest.response_steps,
+        "prefill_tokens": share * sum(group.prompt for group in groups),
+    }
+
+
+def max_running(config: RunConfig) -> int:
+    """Responses an engine decodes together: its flag, or the reference engine's default (SGLang's depends on memory)."""
+    flags = {name.replace("_", "-").removeprefix("--"): value for name, value in config.rollout.engine_args.items()}
+    return int(flags.get("max-running-requests", Rates.model_fields["max_running"].default))
+
+
+def _config_of(run_dir: Path) -> RunConfig:
+    return load_config(run_dir / "config.resolved.yaml").run
+
+
+# --------------------------------------------------------------------------------------------------------------- fits
+
+
+def fit_absolute(work: np.ndarray, seconds: np.ndarray, rounds: int = 50) -> np.ndarray:
+    """[columns] >= 0 that minimise sum |seconds - work @ x|, to about 1e-6 of the scale: least squares, reweighted."""
+    scale = np.abs(work).max(0)
+    scale[scale == 0] = 1.0
+    found = fit_squares(work / scale, seconds)
+    for _ in range(rounds):
+        weight = 1 / np.sqrt(np.maximum(np.abs(seconds - work / scale @ found), 1e-6 * max(1e-12, seconds.max())))
+        found = fit_squares(work / scale * weight[:, None], seconds * weight)
+    return found / scale
+
+
+def fit_squares(work: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Least squares with no coefficient below 0: the best of all choices of the columns that count (they are few)."""
+    columns = work.shape[1]
+    best, least = np.zeros(columns), float(seconds @ seconds)
+    for count in range(1, columns + 1):
+        for chosen in combinations(range(columns), count):
+            found = np.linalg.lstsq(work[:, chosen], seconds, rcond=None)[0]
+            error = float(((work[:, chosen] @ found - seconds) ** 2).sum())
+            if (found >= 0).all() and error < least * (1 - 1e-9):
+                best, least = np.zeros(columns), error
+                best[list(chosen)] = found
+    return best
+
+
+def _tells_apart(work: np.ndarray) -> bool:
+    """Whether the columns' ratio varies by a fifth over the steps."""
+    ratios: Any = work[:, 1:] / np.maximum(work[:, :1], 1e-12)
+    return bool((ratios.max(0) > 1.2 * ratios.min(0)).any())

@@ -1,0 +1,120 @@
+"""What is simulated: how many GPUs do what, and the loop's settings. The one place that reads the run's config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_vespo.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """Who has which GPUs."""
+
+    engines: int
+    engine_gpus: int
+    """GPUs of one engine."""
+    replicas: float
+    """Data-parallel replicas of the trainer (a fraction only where a plant was scaled down)."""
+    replica_gpus: int
+    """GPUs of one."""
+    in_flight: int
+    """Responses an engine is given at a time, where there are several engines."""
+    shared: bool = False
+    """Trainer and engines share the same GPUs and take turns; synchronous loop only."""
+
+    @property
+    def rollout_gpus(self) -> int:
+        return self.engines * self.engine_gpus
+
+    @property
+    def trainer_gpus(self) -> int:
+        return round(self.replicas * self.replica_gpus)
+
+    @property
+    def gpus(self) -> int:
+        return self.trainer_gpus if self.shared else self.rollout_gpus + self.trainer_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The loop's settings, counted in prompt groups."""
+
+    loop: Literal["synchronous", "asynchronous", "constant"]
+    """constant: each update trains what was sampled exactly ``lag`` versions before, side by side."""
+    groups: int
+    """Of one update."""
+    size: int
+    """Responses in a group."""
+    longest: int
+    """Tokens at which a response is cut."""
+    mini_batches: int = 1
+    """Synchronous: updates made from one rollout batch."""
+    sync_every: int = 1
+    """Asynchronous: updates between syncs."""
+    max_staleness: int = 0
+    """Asynchronous: of a token, in updates; beyond it its group is ``late``. A group is asked while it can still be
+    trained within it, if groups are trained in the order in which they were asked."""
+    late: Literal["drop", "keep"] = "drop"
+    """Asynchronous: what becomes of a late group; keep: it is trained, with less weight."""
+    open_groups: int | None = None
+    """Asynchronous: groups that may be asked and neither trained nor dropped; None: only the staleness bounds them."""
+    lag: int = 0
+    """Constant."""
+
+
+def plant_of(config: RunConfig) -> Plant:
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    return Plant(
+        engines=len(config.rollout.urls) or config.rollout.engines,
+        engine_gpus=engine_gpus(config),
+        replicas=config.cluster.world_size // replica,
+        replica_gpus=replica,
+        in_flight=config.rollout.in_flight,
+    )
+
+
+def engine_gpus(config: RunConfig) -> int:
+    """As its flags say (SGLang's names)."""
+    flags = {name.replace("_", "-").removeprefix("--"): value for name, value in config.rollout.engine_args.items()}
+    sizes = [flags.get(name, 1) for name in ("tp-size", "pp-size")]
+    return math.prod(int(size) for size in sizes)
+
+
+def replica_step(config: RunConfig) -> int:
+    """Replicas come in multiples of this: those of one expert-parallel group."""
+    parallel = config.parallel
+    if parallel.expert == "auto":
+        return 1
+    ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    return math.lcm(ranks, replica) // replica
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """The synchronous loop of the config."""
+    return Schedule(
+        loop="synchronous",
+        groups=config.train.prompts_per_step // config.train.mini_batches,
+        size=config.rollout.samples_per_prompt,
+        longest=config.rollout.max_response_tokens,
+        mini_batches=config.train.mini_batches,
+    )
+
+
+def scaled(plant: Plant, schedule: Schedule, factor: float) -> tuple[Plant, Schedule]:
+    """A plant about ``factor`` times smaller whose every engine and replica does what it did: engines, groups and
+    replicas shrink together, by the ratio of the groups, which is the coarsest."""
+    if factor <= 1:
+        return plant, schedule
+    engines = max(1, round(plant.engines / factor))
+    groups = max(1, round(schedule.groups * engines / plant.engines))
+    ratio = groups / schedule.groups
+    bound = None if schedule.open_groups is None else max(groups, round(schedule.open_groups * ratio))
+    return (
+        replace(plant, engines=engines, replicas=plant.replicas * ratio),
+        replace(schedule, groups=groups, open_groups=bound),
+    )
