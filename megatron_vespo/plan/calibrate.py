@@ -145,7 +145,7 @@ def measured_outcome(run_dir: Path) -> Outcome:
         trainer_idle=shares["rollout"] + shares["reward"] + shares["driver"],
         trainer_sync=shares["sync"],
         engine_idle=1 - shares["rollout"],
-        engine_fill=float("nan"),
+        engine_running=float("nan"),
         dropped=0.0,
         late=0.0,
     )

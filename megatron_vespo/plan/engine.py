@@ -1,4 +1,4 @@
-"""Engines that decode with continuous batching, and the pool that gives them prompt groups."""
+"""Engines that decode with continuous batching."""
 
 from __future__ import annotations
 
@@ -24,12 +24,36 @@ class Group:
     number: int
     """How many were asked before it."""
     shape: GroupShape
-    left: int
+    served: int = 0
+    """The version that engines served when it was asked: none of its tokens is older."""
+    left: int = 0
     """Responses that are not done."""
+    cut: bool = False
+    """It was aborted, and is not whole."""
     in_cache: bool = False
     """Its prompt's keys are computed."""
-    tokens_by_version: dict[int, int] = field(default_factory=dict)
+    call: Call | None = None
+    tokens: dict[int, int] = field(default_factory=dict)
     """Response tokens, by the weight version that sampled them."""
+    passed: dict[int, int] = field(default_factory=dict)
+    """By version, tokens of the responses, prompts included, that have a token of that version."""
+
+    @property
+    def oldest(self) -> int | None:
+        return min(self.tokens, default=None)
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """Groups that are sent together and come back together, when the last is done."""
+
+    groups: list[Group]
+    left: int
+    """Groups that are not done."""
+
+    @property
+    def responses(self) -> int:
+        return sum(len(group.shape.responses) for group in self.groups)
 
 
 class Engine:
@@ -37,13 +61,13 @@ class Engine:
     that joins at p is done at p + L, and between two events nothing has to be computed: with n running and c tokens of
     context a step takes a + b n + k c seconds, and s steps a s + b n s + k (c s + n s^2 / 2)."""
 
-    def __init__(self, clock: Clock, rates: Rates, done: Callable[[Group], None]) -> None:
+    def __init__(self, clock: Clock, rates: Rates, done: Callable[[list[Group]], None]) -> None:
         self.clock, self.rates, self.done = clock, rates, done
         self.load = 0
-        """Responses that it was given and has not finished."""
+        """Responses in its calls: what the pool counts."""
         self.progress = 0.0
         self.busy_s = 0.0
-        """Seconds in which something ran."""
+        """Seconds in which it had a call, paused or not."""
         self.response_steps = 0.0
         """Tokens decoded."""
         self.response_s = 0.0
@@ -56,18 +80,44 @@ class Engine:
         self._since = 0.0
         self._joined = 0
         self._stamp = 0
+        self._calls = 0
         self._switches: list[float] = []
         """Progress at which each version but the first came."""
         self._versions = [0]
 
     # --- what is done to it -------------------------------------------------------------------------------------
 
-    def submit(self, group: Group) -> None:
+    def submit(self, call: Call) -> None:
+        """``load`` counts it already."""
         self.bring_up()
-        self.load += len(group.shape.responses)
-        self._waiting.extend((group, length) for length in group.shape.responses.tolist())
+        self._calls += 1
+        for group in call.groups:
+            group.call, group.left, group.in_cache, group.cut = call, len(group.shape.responses), False, False
+            self._waiting.extend((group, length) for length in group.shape.responses.tolist())
         self._admit()
         self._schedule()
+
+    def abort(self, group: Group) -> None:
+        """End its responses with what they have."""
+        self.bring_up()
+        group.cut = True
+        for end, _, length, _ in [entry for entry in self._running if entry[3] is group]:
+            start = end - length
+            decoded = min(length, math.floor(self.progress - start + SAME))
+            self._count_tokens(group, start, decoded)
+            self._context -= group.shape.prompt + self.progress - start
+        self._running = [entry for entry in self._running if entry[3] is not group]
+        heapq.heapify(self._running)
+        self._waiting = deque(item for item in self._waiting if item[0] is not group)
+        group.left = 0
+        self._admit()
+        self._schedule()
+        self._end([group])
+
+    def has(self, group: Group) -> bool:
+        return group.left > 0 and (
+            any(entry[3] is group for entry in self._running) or any(item[0] is group for item in self._waiting)
+        )
 
     def pause(self) -> None:
         self.bring_up()
@@ -89,8 +139,9 @@ class Engine:
         now, running = self.clock.now, len(self._running)
         if running:
             self.response_s += running * (now - self._since)
-        if running and not self._paused:
+        if self._calls:
             self.busy_s += now - self._since
+        if running and not self._paused:
             self._move(self._steps_in(now - max(self._since, self._blocked_until)))
         self._since = now
 
@@ -148,7 +199,6 @@ class Engine:
             end, _, length, group = heapq.heappop(self._running)
             self._count_tokens(group, end - length, length)
             self._context -= group.shape.prompt + length
-            self.load -= 1
             group.left -= 1
             if not group.left:
                 ended.append(group)
@@ -156,64 +206,29 @@ class Engine:
             self._context = 0.0
         self._admit()
         self._schedule()
-        for group in ended:
-            self.done(group)
+        self._end(ended)
+
+    def _end(self, groups: list[Group]) -> None:
+        for group in groups:
+            call = group.call
+            assert call is not None
+            call.left -= 1
+            if not call.left:
+                self._calls -= 1
+                self.load -= call.responses
+                self.done(call.groups)
 
     def _count_tokens(self, group: Group, start: float, length: int) -> None:
         """Token i (from 1) was sampled at progress start + i, by the version that had come before."""
-        counted, at = 0, bisect_left(self._switches, start)
-        for switch in range(at, len(self._switches)):
+        counted = 0
+        for switch in range(bisect_left(self._switches, start), len(self._switches)):
             before = min(length, math.floor(self._switches[switch] - start + SAME))
-            if before > counted:
-                self._add(group, self._versions[switch], before - counted)
-                counted = before
-        if counted < length:
-            self._add(group, self._versions[-1], length - counted)
+            self._add(group, self._versions[switch], before - counted, length)
+            counted = max(counted, before)
+        self._add(group, self._versions[-1], length - counted, length)
 
     @staticmethod
-    def _add(group: Group, version: int, tokens: int) -> None:
-        group.tokens_by_version[version] = group.tokens_by_version.get(version, 0) + tokens
-
-
-class Pool:
-    """Gives a group to the engine with the least to do, while one has room (rollout/balance.py)."""
-
-    def __init__(
-        self, clock: Clock, rates: Rates, engines: int, in_flight: int, done: Callable[[Group], None]
-    ) -> None:
-        self.engines = [Engine(clock, rates, self._ended) for _ in range(engines)]
-        self._in_flight = in_flight if engines > 1 else None  # a single engine batches best what it has whole
-        self._done = done
-        self._waiting: deque[Group] = deque()
-
-    def submit(self, group: Group) -> None:
-        self._waiting.append(group)
-        self._dispatch()
-
-    def pause(self) -> None:
-        for engine in self.engines:
-            engine.pause()
-
-    def resume(self, version: int) -> None:
-        for engine in self.engines:
-            engine.resume(version)
-
-    def bring_up(self) -> None:
-        for engine in self.engines:
-            engine.bring_up()
-
-    def _ended(self, group: Group) -> None:
-        self._done(group)
-        self._dispatch()
-
-    def _dispatch(self) -> None:
-        while self._waiting:
-            engine = min(self.engines, key=_load)
-            size = len(self._waiting[0].shape.responses)
-            if self._in_flight is not None and engine.load and engine.load + size > self._in_flight:
-                return
-            engine.submit(self._waiting.popleft())
-
-
-def _load(engine: Engine) -> int:
-    return engine.load
+    def _add(group: Group, version: int, tokens: int, length: int) -> None:
+        if tokens > 0:
+            group.tokens[version] = group.tokens.get(version, 0) + tokens
+            group.passed[version] = group.passed.get(version, 0) + group.shape.prompt + length

@@ -26,12 +26,12 @@ class Outcome:
     """Share in which it publishes weights."""
     engine_idle: float
     """Share in which an engine has nothing to decode, or is paused; mean over the engines."""
-    engine_fill: float
+    engine_running: float
     """Running responses an engine, mean over the time."""
     dropped: float
     """Share of the groups that were trained or dropped that was dropped."""
     late: float
-    """Share of the trained tokens that was older than the maximum."""
+    """Share of the trained groups that had a token older than the maximum."""
     asked: int = 0
     """Prompt groups from the beginning, before the window too."""
     trained: int = 0
@@ -76,7 +76,7 @@ class Outcome:
             "trainer_idle": self.trainer_idle,
             "trainer_sync": self.trainer_sync,
             "engine_idle": self.engine_idle,
-            "engine_running": self.engine_fill,
+            "engine_running": self.engine_running,
             "staleness_mean": self.staleness_mean,
             "staleness_p95": self.staleness_p95,
             "staleness_max": self.staleness_max,

@@ -40,10 +40,9 @@ class Plant:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The loop's settings, counted in prompt groups."""
+    """The loop's settings, by the config's names; counted in prompt groups."""
 
-    loop: Literal["synchronous", "asynchronous", "constant"]
-    """constant: each update trains what was sampled exactly ``lag`` versions before, side by side."""
+    mode: Literal["synchronous", "asynchronous", "constant_lag"]
     groups: int
     """Of one update."""
     size: int
@@ -51,18 +50,20 @@ class Schedule:
     longest: int
     """Tokens at which a response is cut."""
     mini_batches: int = 1
-    """Synchronous: updates made from one rollout batch."""
+    """Updates in a step."""
     sync_every: int = 1
     """Asynchronous: updates between syncs."""
     max_staleness: int = 0
-    """Asynchronous: of a token, in updates; beyond it its group is ``late``. A group is asked while it can still be
-    trained within it, if groups are trained in the order in which they were asked."""
-    late: Literal["drop", "keep"] = "drop"
-    """Asynchronous: what becomes of a late group; keep: it is trained, with less weight."""
-    open_groups: int | None = None
-    """Asynchronous: groups that may be asked and neither trained nor dropped; None: only the staleness bounds them."""
+    """Asynchronous: of a group's oldest token, in updates."""
+    too_stale: Literal["wait", "drop", "down_weight"] = "wait"
+    """Asynchronous: what becomes of a group that takes too long."""
+    max_open: int | None = None
+    """Asynchronous: groups asked and not yet taken; None: only the staleness bounds them."""
+    old_passes: Literal["one", "by version", "none"] = "one"
+    """Old-log-prob passes over a mini-batch: under the weights of now, under those of each version that sampled, none
+    (the engine's own log-probs serve)."""
     lag: int = 0
-    """Constant."""
+    """Constant lag: in updates."""
 
 
 def plant_of(config: RunConfig) -> Plant:
@@ -95,13 +96,25 @@ def replica_step(config: RunConfig) -> int:
 
 
 def schedule_of(config: RunConfig) -> Schedule:
-    """The synchronous loop of the config."""
-    return Schedule(
-        loop="synchronous",
+    asynchronous = config.asynchronous
+    schedule = Schedule(
+        mode=config.train.mode,
         groups=config.train.prompts_per_step // config.train.mini_batches,
         size=config.rollout.samples_per_prompt,
         longest=config.rollout.max_response_tokens,
         mini_batches=config.train.mini_batches,
+        lag=config.constant_lag.lag,
+    )
+    if schedule.mode != "asynchronous":
+        return schedule
+    passes: Literal["one", "by version"] = "by version" if asynchronous.max_staleness else "one"
+    return replace(
+        schedule,
+        sync_every=asynchronous.sync_every,
+        max_staleness=asynchronous.max_staleness,
+        too_stale=asynchronous.too_stale,
+        max_open=asynchronous.max_open,
+        old_passes="none" if asynchronous.old_logprobs == "engine" else passes,
     )
 
 
@@ -113,8 +126,8 @@ def scaled(plant: Plant, schedule: Schedule, factor: float) -> tuple[Plant, Sche
     engines = max(1, round(plant.engines / factor))
     groups = max(1, round(schedule.groups * engines / plant.engines))
     ratio = groups / schedule.groups
-    bound = None if schedule.open_groups is None else max(groups, round(schedule.open_groups * ratio))
+    bound = None if schedule.max_open is None else max(groups, round(schedule.max_open * ratio))
     return (
         replace(plant, engines=engines, replicas=plant.replicas * ratio),
-        replace(schedule, groups=groups, open_groups=bound),
+        replace(schedule, groups=groups, max_open=bound),
     )
