@@ -2,17 +2,16 @@
 
 A phase's seconds are linear in what it had to do: decode steps, tokens, responses, passes. Each is fitted over the
 steps of all runs given, by least absolute deviations with no coefficient below 0, so that a step in which the machine
-was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed cost from one
-that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
+was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed cost
+from one that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +19,9 @@ from megatron_vespo.config.load import ConfigError, load_config
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.plan.clock import Clock
-from megatron_vespo.plan.engine import Group, Pool
+from megatron_vespo.plan.engine import Group
 from megatron_vespo.plan.outcome import Outcome
+from megatron_vespo.plan.pool import Pool
 from megatron_vespo.plan.rates import Rates
 from megatron_vespo.plan.setup import Plant, plant_of
 from megatron_vespo.plan.workload import GroupShape, MeasuredLengths, groups_of
@@ -84,22 +84,28 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
             return [0.0] * len(columns)
         work = np.array(list(columns.values()), float).T[having]
         seconds = np.array([steps[i].seconds[phase] for i in having])
-        if len(columns) > 1 and not _tells_apart(work):
-            warnings.append(
-                f"{phase}: all steps are about the same size, so that {' and '.join(columns)} cannot be told apart; "
-                "add a run with another batch (--from RUN_DIR RUN_DIR)"
-            )
-        return fit_absolute(work, seconds).tolist()
+        if tells_apart(work):
+            return fit_absolute(work, seconds).tolist()
+        warnings.append(
+            f"{phase}: all steps are about the same size, so that what is fixed and what grows with it cannot be told "
+            f"apart; all is laid on {list(columns)[-1]}. Add a run with another batch: --from RUN_DIR RUN_DIR"
+        )
+        return [0.0] * (len(columns) - 1) + fit_absolute(work[:, -1:], seconds).tolist()
 
     ones = [1.0] * len(steps)
     updates = [float(step.updates) for step in steps]
     tokens = [step.replica_tokens for step in steps]
     responses = [float(step.responses) for step in steps]
-    decode_step, decode_response, prefill = fit(
+    if not any("rollout" in step.seconds for step in steps):
+        raise ConfigError(
+            f"{run_dirs[0]}: engines and trainer worked side by side in it, so that its phases do not tell how fast "
+            "engines are; add a synchronous run of the same model (--from SYNCHRONOUS_RUN RUN_DIR)"
+        )
+    prefill, decode_step, decode_response = fit(
         "rollout",
-        decode_steps=[step.decode_steps for step in steps],
-        tokens=[step.decode_responses for step in steps],
         prompt_tokens=[step.prefill_tokens for step in steps],
+        decode_steps=[step.decode_steps for step in steps],
+        decoded_tokens=[step.decode_responses for step in steps],
     )
     old_pass, old_token = fit("old log-probs", passes=updates, tokens=tokens)
     update, train_token = fit("train", updates=updates, tokens=tokens)
@@ -163,7 +169,7 @@ def measured_steps(run_dir: Path) -> list[MeasuredStep]:
     folder = run_dir / "rollouts"
     stored = set(stored_steps(folder))
     found = []
-    for before, record in zip(records, records[1:], strict=False):
+    for before, record in pairwise(records):
         if "eval" in record or record["step"] <= WARMUP_STEPS or record["step"] not in stored:
             continue
         seconds = dict(record["seconds"])
@@ -206,10 +212,16 @@ def _measured_step(config: RunConfig, path: Path, seconds: dict[str, float]) -> 
 def decode_work(groups: Sequence[GroupShape], plant: Plant, running: int) -> dict[str, float]:
     """What a rollout batch asks of the engine that has the most decode steps to do."""
     clock = Clock()
-    rates = UNIT.model_copy(update={"max_running": running})
-    pool = Pool(clock, rates, plant.engines, plant.in_flight, lambda group: None)
-    for number, shape in enumerate(groups):
-        pool.submit(Group(number, shape, left=len(shape.responses)))
+    longest = max(int(group.responses.max()) for group in groups)
+    pool = Pool(
+        clock,
+        UNIT.model_copy(update={"max_running": running}),
+        engines=plant.engines,
+        in_flight=plant.in_flight,
+        longest=longest,
+        done=lambda groups: None,
+    )
+    pool.submit([Group(number, shape) for number, shape in enumerate(groups)])
     clock.run()
     busiest = max(pool.engines, key=lambda engine: engine.progress)
     share = busiest.response_steps / max(1.0, sum(engine.response_steps for engine in pool.engines))
@@ -221,7 +233,7 @@ def decode_work(groups: Sequence[GroupShape], plant: Plant, running: int) -> dic
 
 
 def max_running(config: RunConfig) -> int:
-    """Responses an engine decodes together: its flag, or the reference engine's default (SGLang's depends on memory)."""
+    """Responses an engine decodes together: its flag, or the reference engine's default; SGLang's depends on memory."""
     flags = {name.replace("_", "-").removeprefix("--"): value for name, value in config.rollout.engine_args.items()}
     return int(flags.get("max-running-requests", Rates.model_fields["max_running"].default))
 
@@ -258,7 +270,7 @@ def fit_squares(work: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return best
 
 
-def _tells_apart(work: np.ndarray) -> bool:
-    """Whether the columns' ratio varies by a fifth over the steps."""
-    ratios: Any = work[:, 1:] / np.maximum(work[:, :1], 1e-12)
+def tells_apart(work: np.ndarray) -> bool:
+    """Whether the ratio of any two columns varies by a fifth over the steps."""
+    ratios = work[:, 1:] / np.maximum(work[:, :1], 1e-12)
     return bool((ratios.max(0) > 1.2 * ratios.min(0)).any())

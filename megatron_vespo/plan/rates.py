@@ -77,15 +77,26 @@ def load_assumptions(path: Path, overrides: Sequence[str] = ()) -> Assumptions:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a file of rates is a mapping with `rates` and `lengths`")
+    return _checked(_overridden(values, overrides), str(path))
+
+
+def change_rates(rates: Rates, overrides: Sequence[str]) -> Rates:
+    """``rates.sync=20`` over measured ones. Raises ConfigError, for a length too: a run's are its own."""
+    for argument in overrides:
+        if not argument.startswith("rates."):
+            raise ConfigError(f"argument {argument!r}: the lengths are those of the run; only rates.... can be changed")
+    return _checked(_overridden({"rates": rates.model_dump()}, overrides), "command line").rates
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for argument in overrides:
         name, value = parse_override(argument)
         section, _, field = name.partition(".")
         values.setdefault(section, {})[field] = value
-    return check_assumptions(values, str(path))
+    return values
 
 
-def check_assumptions(values: dict[str, Any], origin: str) -> Assumptions:
-    """Raises ConfigError naming ``origin``, field and value."""
+def _checked(values: dict[str, Any], origin: str) -> Assumptions:
     try:
         found = Assumptions.model_validate(values)
         log_normal_sigma(found.lengths.mean, found.lengths.p95)

@@ -223,7 +223,7 @@ class Simulation:
             staleness=np.trim_zeros(lags, "b"),
             trainer_idle=(new.waited_s - old.waited_s) / seconds,
             trainer_sync=(new.synced_s - old.synced_s) / seconds,
-            engine_idle=1 - (new.engine_busy_s - old.engine_busy_s) / seconds,
+            engine_idle=max(0.0, 1 - (new.engine_busy_s - old.engine_busy_s) / seconds),
             engine_running=(new.response_s - old.response_s) / seconds,
             dropped=dropped / max(1, trained + dropped),
             late=(new.late - old.late) / max(1, trained) if self.schedule.mode == "asynchronous" else 0.0,
