@@ -131,8 +131,8 @@ def _train(options: argparse.Namespace) -> int:
         return 0
 
     from megatron_vespo.cluster.ray_cluster import ClusterError
-    from megatron_vespo.loop.run import open_run
-    from megatron_vespo.loop.synchronous import train
+    from megatron_vespo.loop.modes import train
+    from megatron_vespo.loop.start import open_run
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.preflight_mode import check_mode
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
@@ -65,6 +66,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     layout = _check_layout(config, hf_config)
     _check_engines(config)
     _check_sync(config)
+    check_mode(config)
     try:
         check_router_losses(hf_config, config.model)
         objective_of(config)
