@@ -1,4 +1,5 @@
-"""Rates measured in finished runs, from metrics.jsonl (seconds by phase) and the stored rollouts (true lengths).
+"""Rates measured in finished runs whose loop takes turns, from metrics.jsonl (seconds by phase) and the stored rollouts
+(true lengths).
 
 A phase's seconds are linear in what it had to do: decode steps, tokens, responses, passes. Each is fitted over the
 steps of all runs given, by least absolute deviations with no coefficient below 0, so that a step in which the machine
@@ -8,7 +9,7 @@ from one that grows with the batch; two runs of different size can (:attr:`Calib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from megatron_vespo.config.load import ConfigError, load_config
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.observe.records import read_records
+from megatron_vespo.observe.records import Record, read_records
 from megatron_vespo.plan.clock import Clock
 from megatron_vespo.plan.engine import Group
 from megatron_vespo.plan.outcome import Outcome
@@ -34,8 +35,10 @@ UNIT = Rates(decode_step=1.0, decode_response=0.0, train_token=0.0)
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """One step of a synchronous run, in what it had to do and how long that took."""
+    """One step of a run, in what it had to do and how long that took."""
 
+    mode: str
+    """train.mode."""
     seconds: dict[str, float]
     """By phase; ``driver``: what was outside them, where no evaluation and no checkpoint came in between."""
     groups: list[GroupShape]
@@ -49,6 +52,10 @@ class MeasuredStep:
     """Tokens of the fullest data-parallel replica over the GPUs that hold it, summed over the updates."""
     staleness: np.ndarray
     """[lags] response tokens trained."""
+    engine_busy: float
+    """Share of the step in which an engine had requests."""
+    dropped: int
+    """Prompt groups dropped for their staleness since the run began."""
 
     @property
     def responses(self) -> int:
@@ -73,8 +80,14 @@ class Calibration:
 
 
 def calibrate(run_dirs: Sequence[Path]) -> Calibration:
-    """Raises ConfigError where a folder is no run, or keeps no rollouts."""
-    steps = [step for run_dir in run_dirs for step in measured_steps(run_dir)]
+    """Raises ConfigError where a folder is no run or keeps no rollouts, or where engines and trainer worked side by side
+    in all of them, so that their phases do not tell how fast each is."""
+    steps = [step for run_dir in run_dirs for step in measured_steps(run_dir) if step.mode != "asynchronous"]
+    if not steps:
+        raise ConfigError(
+            f"{run_dirs[0]}: engines and trainer worked side by side in it, so that its phases do not tell how fast "
+            "either is; add a synchronous run of the same model: --from SYNCHRONOUS_RUN RUN_DIR"
+        )
     warnings: list[str] = []
 
     def fit(phase: str, **columns: list[float]) -> list[float]:
@@ -96,11 +109,6 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
     updates = [float(step.updates) for step in steps]
     tokens = [step.replica_tokens for step in steps]
     responses = [float(step.responses) for step in steps]
-    if not any("rollout" in step.seconds for step in steps):
-        raise ConfigError(
-            f"{run_dirs[0]}: engines and trainer worked side by side in it, so that its phases do not tell how fast "
-            "engines are; add a synchronous run of the same model (--from SYNCHRONOUS_RUN RUN_DIR)"
-        )
     prefill, decode_step, decode_response = fit(
         "rollout",
         prompt_tokens=[step.prefill_tokens for step in steps],
@@ -132,27 +140,31 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
 
 
 def measured_outcome(run_dir: Path) -> Outcome:
-    """What a synchronous run did: its median step (the engines' idle share is that of their phase)."""
+    """What a run did. Where the loop takes turns its steps are alike, and the median one counts; where engines and
+    trainer work side by side one step's wait is another's work, and all of them count."""
     steps = measured_steps(run_dir)
-    seconds = float(np.median([step.total_s for step in steps]))
-    shares = {
-        name: float(np.median([step.seconds.get(name, 0.0) / step.total_s for step in steps]))
-        for name in ("rollout", "reward", "driver", "sync")
-    }
+    asynchronous = steps[0].mode == "asynchronous"
+    over: Callable[[list[float]], float] = sum if asynchronous else (lambda values: float(np.median(values)))
+    seconds = over([step.total_s for step in steps])
+
+    def share(*phases: str) -> float:
+        return over([sum(step.seconds.get(phase, 0.0) for phase in phases) for step in steps]) / seconds
+
     lags = np.zeros(max(len(step.staleness) for step in steps), np.int64)
     for step in steps:
         lags[: len(step.staleness)] += step.staleness
+    groups, dropped = sum(len(step.groups) for step in steps[1:]), steps[-1].dropped - steps[0].dropped
     return Outcome(
         seconds=seconds,
-        updates=round(float(np.median([step.updates for step in steps]))),
-        samples=round(float(np.median([step.responses for step in steps]))),
-        tokens=round(float(np.median([step.tokens for step in steps]))),
+        updates=round(over([step.updates for step in steps])),
+        samples=round(over([step.responses for step in steps])),
+        tokens=round(over([step.tokens for step in steps])),
         staleness=lags,
-        trainer_idle=shares["rollout"] + shares["reward"] + shares["driver"],
-        trainer_sync=shares["sync"],
-        engine_idle=1 - shares["rollout"],
+        trainer_idle=share("wait", "rollout", "reward", "driver"),
+        trainer_sync=share("sync"),
+        engine_idle=1 - over([step.engine_busy * step.total_s for step in steps]) / seconds,
         engine_running=float("nan"),
-        dropped=0.0,
+        dropped=dropped / max(1, groups + dropped),
         late=0.0,
     )
 
@@ -161,7 +173,7 @@ def measured_outcome(run_dir: Path) -> Outcome:
 
 
 def measured_steps(run_dir: Path) -> list[MeasuredStep]:
-    """The steps of a synchronous run whose rollouts it kept, without its first :data:`WARMUP_STEPS`."""
+    """The steps of a run whose rollouts it kept, without its first :data:`WARMUP_STEPS`."""
     records = read_records(run_dir / "metrics.jsonl")
     if not records:
         raise ConfigError(f"{run_dir}: no metrics.jsonl there, or nothing in it; give the directory of a run")
@@ -175,7 +187,7 @@ def measured_steps(run_dir: Path) -> list[MeasuredStep]:
         seconds = dict(record["seconds"])
         if "eval" not in before and "checkpoint" not in seconds:
             seconds["driver"] = max(0.0, record["time"] - before["time"] - sum(seconds.values()))
-        found.append(_measured_step(config, batch_file(folder, record["step"]), seconds))
+        found.append(_measured_step(config, batch_file(folder, record["step"]), record, seconds))
     if not found:
         raise ConfigError(
             f"{folder}: no stored rollouts of a step after the {WARMUP_STEPS}nd; a run keeps its newest where "
@@ -184,7 +196,7 @@ def measured_steps(run_dir: Path) -> list[MeasuredStep]:
     return found
 
 
-def _measured_step(config: RunConfig, path: Path, seconds: dict[str, float]) -> MeasuredStep:
+def _measured_step(config: RunConfig, path: Path, record: Record, seconds: dict[str, float]) -> MeasuredStep:
     try:
         samples = read_batch(path)
     except StoreError as error:
@@ -197,7 +209,10 @@ def _measured_step(config: RunConfig, path: Path, seconds: dict[str, float]) -> 
         by_update.setdefault(version, []).append(sample.length)
         lags.append(version - sample.weight_versions[sample.loss_mask])
     groups = groups_of(samples)
+    total = sum(seconds.values())
+    busy = record.get("busy/engines")
     return MeasuredStep(
+        mode=config.train.mode,
         seconds=seconds,
         groups=groups,
         updates=len(by_update),
@@ -205,6 +220,9 @@ def _measured_step(config: RunConfig, path: Path, seconds: dict[str, float]) -> 
             max(sum(lengths) / plant.replicas, max(lengths)) / plant.replica_gpus for lengths in by_update.values()
         ),
         staleness=np.bincount(np.concatenate(lags)),
+        # Of the phases' time; nothing is sampled outside them where the loop takes turns.
+        engine_busy=seconds.get("rollout", 0.0) / total if busy is None else busy,
+        dropped=int(record.get("rollouts/dropped_stale", 0)),
         **decode_work(groups, plant, max_running(config)),
     )
 

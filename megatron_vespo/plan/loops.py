@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from megatron_vespo.plan.clock import Process
 from megatron_vespo.plan.engine import Group
@@ -150,8 +151,9 @@ class Rollouts:
         run, size = self.run, self.schedule.groups
         if len(run.ready) < size:
             return []
-        first = sorted(run.open) if self.schedule.too_stale == "wait" else list(run.ready)
-        groups = [run.ready[number] for number in sorted(first[:size]) if number in run.ready]
+        # Both are in order: of being asked, of being done.
+        first = islice(run.open if self.schedule.too_stale == "wait" else run.ready, size)
+        groups = [run.ready[number] for number in sorted(first) if number in run.ready]
         return groups if len(groups) == size else []
 
     def is_stale(self, group: Group) -> bool:

@@ -31,7 +31,7 @@ class Rates(Section):
     reward_batch: NonNegativeFloat = 0.0
     """Of grading, whatever is graded: a rollout batch (synchronous) or a prompt group (asynchronous)."""
     reward_response: NonNegativeFloat = 0.0
-    """Of grading, for each response."""
+    """Of grading, for each response: all reward workers together."""
     old_logprobs_pass: NonNegativeFloat = 0.0
     """Of the old-log-prob pass over a mini-batch, whatever its size."""
     old_logprobs_token: NonNegativeFloat = 0.0

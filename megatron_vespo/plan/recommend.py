@@ -12,10 +12,12 @@ from megatron_vespo.plan.rates import Rates
 from megatron_vespo.plan.setup import Plant, Schedule, scaled
 from megatron_vespo.plan.workload import Workload
 
-RESPONSES = 60_000
+RESPONSES = 40_000
 """Simulated of a candidate; a larger one is scaled down (setup.scaled)."""
-LEAST_ENGINES = 16
+LEAST_ENGINES = 4
 """A plant is not scaled down to fewer."""
+LEAST_SHARE = 1 / 16
+"""Of the GPUs, which either side gets, where so many splits are possible that not all are tried."""
 ALIKE = 0.01
 """Throughputs that differ by less are the same, and the fresher one is taken."""
 DROPPED_AT_MOST = 0.05
@@ -42,26 +44,29 @@ class Forecast:
         """Raises ValueError where settings do not go together."""
         warmup, updates = window(schedule)
         wanted = (warmup + updates) * schedule.groups * schedule.size / self.responses
-        small, small_schedule = scaled(plant, schedule, min(wanted, plant.engines / LEAST_ENGINES))
-        outcome = simulate(
-            small, small_schedule, self.rates, self.workload, updates=updates, warmup=warmup, seed=self.seed
-        )
+        factor = min(wanted, plant.engines / LEAST_ENGINES)
+        small, small_schedule, rates = scaled(plant, schedule, self.rates, factor)
+        outcome = simulate(small, small_schedule, rates, self.workload, updates=updates, warmup=warmup, seed=self.seed)
         scale = schedule.groups / small_schedule.groups
         if scale > 1:
             outcome = replace(outcome, samples=round(outcome.samples * scale), tokens=round(outcome.tokens * scale))
         return Candidate(plant, schedule, outcome, scale)
 
-    def splits(self, gpus: int, plant: Plant, schedule: Schedule, *, step: int = 1, most: int = 9) -> list[Candidate]:
+    def splits(self, gpus: int, plant: Plant, schedule: Schedule, *, step: int = 1, most: int = 8) -> list[Candidate]:
         """``gpus`` between engines and trainer, the sizes of an engine and of a replica being ``plant``'s; replicas in
         multiples of ``step``. At most ``most`` shares at first, then those between the best and its neighbours."""
         units = list(trainer_units(gpus, plant, step))
+        if len(units) > most:
+            least = LEAST_SHARE * gpus
+            units = [unit for unit in units if least <= unit * plant.replica_gpus <= gpus - least]
         found = {unit: self.of(_split(gpus, plant, unit), schedule) for unit in _spread(units, most)}
-        while True:
+        while found:
             best = max(found, key=lambda unit: found[unit].outcome.samples_per_s)
             between = [unit for unit in _beside(units, sorted(found), best) if unit not in found]
-            if not between or len(found) >= most + 6:
+            if not between or len(found) >= most + 4:
                 return [found[unit] for unit in sorted(found)]
             found.update({unit: self.of(_split(gpus, plant, unit), schedule) for unit in between})
+        return []
 
     def intervals(self, plant: Plant, schedule: Schedule) -> list[Candidate]:
         """Syncs every 1, 2, 4, ... updates, as far as the maximum staleness goes; [] where the loop syncs each step."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.plan.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +119,18 @@ def schedule_of(config: RunConfig) -> Schedule:
     )
 
 
-def scaled(plant: Plant, schedule: Schedule, factor: float) -> tuple[Plant, Schedule]:
+def scaled(plant: Plant, schedule: Schedule, rates: Rates, factor: float) -> tuple[Plant, Schedule, Rates]:
     """A plant about ``factor`` times smaller whose every engine and replica does what it did: engines, groups and
-    replicas shrink together, by the ratio of the groups, which is the coarsest."""
+    replicas shrink together, by the ratio of the groups, and what the one driver does for each response grows by it."""
     if factor <= 1:
-        return plant, schedule
+        return plant, schedule, rates
     engines = max(1, round(plant.engines / factor))
     groups = max(1, round(schedule.groups * engines / plant.engines))
     ratio = groups / schedule.groups
     bound = None if schedule.max_open is None else max(groups, round(schedule.max_open * ratio))
+    serial = ("reward_response", "step_response")
     return (
         replace(plant, engines=engines, replicas=plant.replicas * ratio),
         replace(schedule, groups=groups, max_open=bound),
+        rates.model_copy(update={name: getattr(rates, name) / ratio for name in serial}),
     )
