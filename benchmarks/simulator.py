@@ -2,7 +2,7 @@
 
     python benchmarks/simulator.py [--steps 14] [--only NAME ...] [--folder FOLDER] [--model FOLDER]
 
-Two synchronous runs, a small and a large batch, give the rates and the lengths (megatron_vespo/plan/calibrate.py). Every
+Two synchronous runs, a small and a large batch, give the rates and the lengths (plan/calibrate.py). Every
 other run is predicted from its config and these alone, then run. One trainer rank and one engine, so that on two cores
 an asynchronous run has one for each. ``off by`` is predicted over measured, less 1. A run whose steps are in FOLDER
 already is not run again. Meant for a machine that does nothing else: what slows down one run and not the others is an

@@ -80,8 +80,8 @@ class Calibration:
 
 
 def calibrate(run_dirs: Sequence[Path]) -> Calibration:
-    """Raises ConfigError where a folder is no run or keeps no rollouts, or where engines and trainer worked side by side
-    in all of them, so that their phases do not tell how fast each is."""
+    """Raises ConfigError where a folder is no run or keeps no rollouts, or where engines and trainer worked side by
+    side in all of them, so that their phases do not tell how fast each is."""
     steps = [step for run_dir in run_dirs for step in measured_steps(run_dir) if step.mode != "asynchronous"]
     if not steps:
         raise ConfigError(
@@ -109,11 +109,12 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
     updates = [float(step.updates) for step in steps]
     tokens = [step.replica_tokens for step in steps]
     responses = [float(step.responses) for step in steps]
-    prefill, decode_step, decode_response = fit(
+    # A prompt's token is laid on as much as a decoded one costs in a full batch: their numbers grow together from step
+    # to step, so that a fit would share them out by chance.
+    decode_step, decode_token = fit(
         "rollout",
-        prompt_tokens=[step.prefill_tokens for step in steps],
         decode_steps=[step.decode_steps for step in steps],
-        decoded_tokens=[step.decode_responses for step in steps],
+        tokens=[step.decode_responses + step.prefill_tokens for step in steps],
     )
     old_pass, old_token = fit("old log-probs", passes=updates, tokens=tokens)
     update, train_token = fit("train", updates=updates, tokens=tokens)
@@ -122,8 +123,8 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
     config = _config_of(run_dirs[0])
     rates = Rates(
         decode_step=decode_step,
-        decode_response=decode_response,
-        prefill_token=prefill,
+        decode_response=decode_token,
+        prefill_token=decode_token,
         max_running=max_running(config),
         reward_batch=reward_batch,
         reward_response=reward_response,

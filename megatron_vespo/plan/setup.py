@@ -104,9 +104,10 @@ def schedule_of(config: RunConfig) -> Schedule:
         size=config.rollout.samples_per_prompt,
         longest=config.rollout.max_response_tokens,
         mini_batches=config.train.mini_batches,
-        lag=config.constant_lag.lag,
     )
-    if schedule.mode != "asynchronous":
+    if schedule.mode == "constant_lag":
+        return replace(schedule, lag=config.constant_lag.lag)
+    if schedule.mode == "synchronous":
         return schedule
     passes: Literal["one", "by version"] = "by version" if asynchronous.max_staleness else "one"
     return replace(
