@@ -75,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
 
+    ledger = commands.add_parser(
+        "ledger",
+        help="account for every prompt and sample of a run: asked = trained + dropped + open",
+        description="Reads RUN_DIR/ledger.sqlite, of a run under way or dead. Exit code 1: it does not balance.",
+    )
+    ledger.add_argument("run_dir", type=Path, help="the directory of a run")
+    ledger.add_argument("--all", action="store_true", help="a row for every step, not only for the newest")
+    ledger.set_defaults(run=_ledger)
+
     compare = commands.add_parser(
         "compare",
         help="replay a run's stored rollouts through any set of objectives, side by side",
@@ -138,6 +147,8 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
     from megatron_vespo.samples.dataset import DataError
+    from megatron_vespo.samples.disk import DiskFull
+    from megatron_vespo.samples.ledger import LedgerError
     from megatron_vespo.weights.sync import SyncError
 
     try:
@@ -146,7 +157,7 @@ def _train(options: argparse.Namespace) -> int:
     except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, EngineError, EpisodeError, SyncError) as error:
+    except (ClusterError, EngineError, EpisodeError, SyncError, LedgerError, DiskFull) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
@@ -189,6 +200,17 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run_dir))
     return 0
+
+
+def _ledger(options: argparse.Namespace) -> int:
+    from megatron_vespo.samples.accounting import NoLedger, account, account_table
+
+    try:
+        result = account(options.run_dir)
+    except NoLedger as error:
+        raise ConfigError(str(error)) from None
+    print(account_table(result, all_steps=options.all))
+    return 0 if result.balances else 1
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.rewards.worker import Scored
 from megatron_vespo.rollout import EnginePool, GenerateRequest, Generation
 from megatron_vespo.samples.dataset import PromptStream
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.weight_table import stacked
 
@@ -36,6 +38,8 @@ class SteppingEngine(FakeEngine):
     def __init__(self, lengths: Sequence[int], step_s: float) -> None:
         super().__init__("http://fake")
         self.lengths, self.step_s = lengths, step_s
+        self.ended: dict[str, str] = {}
+        """Request -> how its responses ended."""
 
     async def _sampled(self, request: GenerateRequest) -> list[Generation]:
         length = min(self.lengths[int(request.prompt_tokens[0])], request.sampling.max_tokens)
@@ -50,6 +54,7 @@ class SteppingEngine(FakeEngine):
                 break
             if not self.paused:
                 versions.append(self.version)
+        self.ended[request.id] = reason
         tokens = np.arange(len(versions), dtype=np.int32)
         return [
             Generation(tokens, -np.ones(len(versions), np.float32), np.array(versions, np.int32), reason)  # type: ignore[arg-type]
@@ -80,7 +85,8 @@ class FakeTrainers:
         return {}, [np.full(len(s.response_tokens), value, np.float32) for s in samples]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        self.saved = state
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state.json").write_text(json.dumps({"driver": state, "model": {}}))
 
 
 class FakeSync:
@@ -147,10 +153,13 @@ def fake_run(
     prompts = [Prompt(str(i), np.array([i], np.int32), str(i), str(i)) for i in range(PROMPTS)]
     pool = EnginePool([engine])
     state = resumed or {"step": 0, "version": 0}
+    ledger = Ledger(folder)
+    ledger.roll_back(state["version"], {})
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda tokens, skip_special_tokens: "")
     run = QuietRun(
         config=config,
         trainers=FakeTrainers(update_s),  # type: ignore[arg-type]
+        ledger=ledger,
         engines=SimpleNamespace(pool=pool, engine=engine),  # type: ignore[arg-type]
         engine_weights=FakeSync(engine),  # type: ignore[arg-type]
         rewards=FakeRewards(),  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import step_folder
 from megatron_vespo.samples.dataset import PromptStream
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
@@ -70,6 +71,7 @@ class Modes:
         run = replace(
             self.opened,
             config=config,
+            ledger=Ledger(config.directory),
             engine_weights=WeightSync(config, self.opened.trainers, self.opened.engines),
             prompts=PromptStream(self.opened.prompts.prompts, config.seed),
             writer=RunWriter(config.directory),
@@ -87,6 +89,7 @@ class Modes:
     def finished(self, name: str, **sections: dict[str, Any]) -> Finished:
         run = self.prepared(name, **sections)
         train(run)
+        run.ledger.close()
         return Finished(run.config.directory)
 
 

@@ -13,7 +13,9 @@ from fake_run import PROMPTS, fake_run
 from megatron_vespo.loop.asynchronous import train
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.records import read_records
+from megatron_vespo.policy.checkpoint import read_state
 from megatron_vespo.rollout import EngineError
+from megatron_vespo.samples.accounting import account
 from megatron_vespo.samples.records import Sample
 
 SLOW_ENGINE = {"step_s": 0.004, "update_s": 0.0}
@@ -98,10 +100,10 @@ def test_what_will_be_dropped_is_not_sampled_to_its_end(tmp_path: Path) -> None:
     lengths = tuple(64 if i % 7 == 0 else 2 for i in range(PROMPTS))
     run = fake_run(tmp_path, lengths=lengths, step_s=0.01, asynchronous={"max_staleness": 1, "too_stale": "drop"})
     train(run)
-    engine = run.engines.engine  # type: ignore[attr-defined]
-    assert accounts_balance(run)["rollouts/dropped_stale"] > 0
-    assert not engine.aborted, "each abort found its request"
-    assert all(len(s.response_tokens) < 64 for batch in trained(run) for s in batch)
+    names = {s.id.rpartition("/")[0] for batch in trained(run) for s in batch}
+    dropped = {name: how for name, how in run.engines.engine.ended.items() if name not in names}  # type: ignore[attr-defined]
+    assert accounts_balance(run)["rollouts/dropped_stale"] == len(dropped) > 0
+    assert set(dropped.values()) == {"abort"}
 
 
 def test_down_weighting_trains_late_responses_by_less(tmp_path: Path) -> None:
@@ -129,7 +131,9 @@ def test_the_queue_is_no_longer_than_it_may_be(tmp_path: Path) -> None:
 
 
 def test_responses_go_on_over_a_sync_and_each_token_keeps_its_version(tmp_path: Path) -> None:
-    run = fake_run(tmp_path, lengths=STRAGGLERS, step_s=0.002, asynchronous={"max_staleness": 3})
+    order = [int(p.id) for p in fake_run(tmp_path / "order").prompts.next(PROMPTS)]
+    lengths = tuple(4 + order.index(i) for i in range(PROMPTS))  # the first are done, and trained, before the others
+    run = fake_run(tmp_path, lengths=lengths, step_s=0.005, asynchronous={"max_staleness": 3})
     train(run)
     samples = [s for batch in trained(run) for s in batch]
     mixed = [s for s in samples if len(set(s.weight_versions)) > 1]
@@ -182,26 +186,39 @@ def test_an_error_on_either_side_ends_the_run_with_itself(tmp_path: Path, side: 
     assert 2 <= run.version <= 5
 
 
-def test_a_resumed_run_asks_again_for_what_was_open_and_says_so(tmp_path: Path) -> None:
-    run = fake_run(tmp_path, asynchronous={"max_staleness": 2}, checkpoint={"every": 3})
-    states = []
-    save = run.trainers.save
+@pytest.mark.parametrize("old_logprobs", ["exact", "engine"])
+def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path: Path, old_logprobs: str) -> None:
+    settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "sync_every": 2}
+    run = fake_run(tmp_path, asynchronous=settings, checkpoint={"every": 3}, **SLOW_TRAINER)
+    original = run.trainers.train_mini_batch
 
-    def keep(folder: Path, state: dict[str, Any]) -> None:
-        states.append(state)
-        save(folder, state)
+    def interrupted(samples: list[Sample]) -> Any:
+        if run.version == 5:
+            raise KeyboardInterrupt
+        return original(samples)
 
-    run.trainers.save = keep  # type: ignore[method-assign]
-    train(run)
-    state = states[0]
-    assert state["step"] == 3 and state["rollouts"]["open"] > 0
-    resumed = fake_run(tmp_path, asynchronous={"max_staleness": 2}, resumed=state)
+    run.trainers.train_mini_batch = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    run.ledger.close()
+    state = read_state(tmp_path / "checkpoints" / "step_000003")
+    assert state["step"] == 3 and state["rollouts"]["open"] > 4
+
+    resumed = fake_run(tmp_path, asynchronous=settings, resumed=state)
     train(resumed)
+    resumed.ledger.close()
     both = trained(run)[:3] + trained(resumed)
     names = Counter(s.id for batch in both for s in batch)
     assert len(names) == 6 * 4 * 2 and set(names.values()) == {1}, "each once, none left out"
-    assert {s.id for batch in both for s in batch} == {s.id for batch in trained(run) for s in batch}
     last = accounts_balance(resumed)
-    assert last["rollouts/trained"] == 24 and last["rollouts/asked_again"] == state["rollouts"]["open"]
+    assert last["rollouts/trained"] == 24 and last["rollouts/open"] == 0
+    # By version 2 at most, as the sync after it was the last before the checkpoint at 3.
+    from_disk = state["rollouts"]["open"] - last["rollouts/sampled_again"]
+    assert (from_disk > 0) == (old_logprobs == "engine")
     said = resumed.progress.console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"{state['rollouts']['open']} prompt groups that were open at the checkpoint are sampled again" in said
+    assert (
+        f"{state['rollouts']['open']} prompt groups were open at the checkpoint: {from_disk:.0f} are trained from"
+        in said
+    )
+    accounts = account(tmp_path)
+    assert accounts.balances

@@ -32,6 +32,8 @@ def collect(run: Run, step: int) -> list[Sample]:
             (kept if has_spread(group) else flat).append(group)
         rounds += 1
     batch = (kept + flat)[:wanted]
+    run.drop(kept[wanted:], "beyond the batch")
+    run.drop(flat[max(0, wanted - len(kept)) :], "no spread")
     asked_for = len(kept) + len(flat)
     run.metrics.add("dynamic_sampling/rounds", rounds)
     run.metrics.add("dynamic_sampling/groups_asked", asked_for)
@@ -44,7 +46,7 @@ def _sampled(run: Run, prompts: int, step: int, batch: str) -> list[Sample]:
     with run.phase("rollout"):
         samples = run.rollout(run.prompts.next(prompts), step=step, batch=batch)
     with run.phase("reward"):
-        run.score(samples)
+        run.reward(samples)
     return samples
 
 

@@ -52,6 +52,13 @@ class Plan:
             f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
             f"run          {config.directory}",
         ]
+        if config.keeps_weights:
+            copies = config.asynchronous.max_staleness // config.asynchronous.sync_every + 1
+            lines.insert(
+                3,
+                f"host memory  up to {copies} x {memory.weights / GIB:.1f} GiB a rank for weights that sampled "
+                "(asynchronous.old_logprobs = exact)",
+            )
         return "\n".join(lines + [f"missing      {item}" for item in self.missing])
 
 
@@ -72,7 +79,12 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    checkpoint = newest(config.directory / "checkpoints") if config.checkpoint.resume else None
+    checkpoint = newest(config.directory / "checkpoints")
+    if checkpoint is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume = false: {checkpoint.parent} holds the checkpoints of an earlier run, among which "
+            "those of this one would be lost. Set run_dir to a new folder, or move them away."
+        )
     if checkpoint is not None:
         try:
             check_same_model(checkpoint, hf_config)

@@ -28,7 +28,7 @@ from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.rollout.sampling import GroupUnderWay
 from megatron_vespo.samples.records import Prompt, Sample
-from megatron_vespo.samples.staleness import staleness
+from megatron_vespo.samples.staleness import staleness, versions_of
 
 LOOK_EVERY_S = 1.0
 
@@ -48,6 +48,8 @@ class Group:
     """The version that engines served when it was asked for: none of its tokens is older."""
     under_way: GroupUnderWay | None = None
     aborted: bool = False
+    resumed: bool = False
+    """It was open at the checkpoint that the run goes on from."""
     samples: list[Sample] | None = None
     """Sampled and graded."""
 
@@ -63,8 +65,8 @@ class Rollouts:
         self.counts: Counter[str] = Counter()
         """Groups since the run began: ``asked`` = ``trained`` + ``dropped_...`` + those open now."""
         self._metrics = MetricSums()
-        self._version = run.version
-        """That the groups taken next are trained at."""
+        self._first = self._version = run.version
+        """That the run goes on from; that the groups taken next are trained at."""
         self._left = (train.steps - run.step) * self.batch
         """Groups still to be taken."""
         self._drawn: deque[Group] = deque()
@@ -116,7 +118,6 @@ class Rollouts:
                 "number": self._number,
                 "again": sorted((group.number, group.prompt.id) for group in groups),
                 "open": len(self._open),
-                "ready": len(self._ready),
                 "counts": dict(self.counts),
             }
 
@@ -167,7 +168,7 @@ class Rollouts:
         if self.settings.too_stale != "drop":
             return []
         stale = [group for group in self._ready.values() if self._too_stale(group)]
-        self._remove(stale, "dropped_stale")
+        self._drop(stale, "stale")
         return stale
 
     def _abort_hopeless(self) -> None:
@@ -189,6 +190,10 @@ class Rollouts:
             if group.under_way is not None:
                 self.run.engines.pool.abort(group.under_way.id)
 
+    def _drop(self, groups: list[Group], reason: str) -> None:
+        self._remove(groups, f"dropped_{reason}")
+        self.run.drop([group.samples or [] for group in groups], reason.replace("_", " "))
+
     def _remove(self, groups: list[Group], why: str) -> None:
         for group in groups:
             del self._open[group.number]
@@ -198,16 +203,51 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------ asking
 
     def _ask(self) -> None:
-        """For as many groups as there is room for."""
+        """For as many groups as there is room for. What an earlier process has left of them on disk is taken, where it
+        can be trained on."""
         with self._changed:
             asked = [self._draw() for _ in range(self._room())]
             for group in asked:
                 self._open[group.number] = group
             self.counts["asked"] += len(asked)
-            self._submit(asked)
+            new = []
+            for group in asked:
+                group.samples = self._recalled(group)
+                if group.samples is None:
+                    new.append(group)
+                else:
+                    self._sampled.put(group)
+            self._submit(new)
+            self._tell_resumed(asked)
+
+    def _recalled(self, group: Group) -> list[Sample] | None:
+        """Of use is what the weights that the run goes on from sampled; or, where log pi_old is the engine's own,
+        earlier ones too. Later ones are lost: those that get their number now are not the same."""
+        run = self.run
+        step, size = group.number // self.batch, run.config.rollout.samples_per_prompt
+        names = run.ledger.ask(f"{step}/train", [group.prompt], size, step)
+        samples = run.ledger.recall(names).get(names[0])
+        if samples is None:
+            return None
+        versions = versions_of(samples)
+        if any(v > self._first or (run.config.knows_old_policy and v < self._first) for v in versions):
+            run.ledger.discard(names, "weights that sampled it are gone", run.version)
+            run.ledger.ask(f"{step}/train", [group.prompt], size, step)
+            return None
+        return samples
+
+    def _tell_resumed(self, asked: list[Group]) -> None:
+        resumed = [group for group in asked if group.resumed]
+        again = sum(group.samples is None for group in resumed)
+        if resumed:
+            self.counts["sampled_again"] += again
+            self.run.progress.message(
+                f"{len(resumed)} prompt groups were open at the checkpoint: {len(resumed) - again} are trained from "
+                f"disk, {again} are sampled again, what there was of their responses is dropped"
+            )
 
     def _room(self) -> int:
-        served, bound = self.run.engine_weights.served, self.settings.max_staleness
+        served, bound = self.run.served, self.settings.max_staleness
         limits = [self.size * (served + bound - self._version + 1), self._left]
         if self.settings.max_open is not None:
             limits.append(self.settings.max_open)
@@ -232,7 +272,7 @@ class Rollouts:
             places = [group.number % self.batch for group in members]
             asked = self.run.ask([group.prompt for group in members], step=step, places=places)
             for group, under_way in zip(members, asked, strict=True):
-                group.served, group.under_way, group.aborted = self.run.engine_weights.served, under_way, False
+                group.served, group.under_way, group.aborted = self.run.served, under_way, False
                 under_way.done.add_done_callback(partial(self._done, group))
 
     # ------------------------------------------------------------------------------------------ grading
@@ -257,20 +297,26 @@ class Rollouts:
                 self._changed.notify_all()
 
     def _hand_over(self, groups: list[Group]) -> None:
+        whole: list[Group] = []
+        cut: list[Group] = []
+        new: list[Group] = []
         for group in groups:
-            assert group.under_way is not None
-            group.samples = group.under_way.samples()
-        cut = [group for group in groups if any(s.finish_reason == "abort" for s in group.samples or [])]
-        whole = [group for group in groups if group not in cut]
-        samples = [sample for group in whole for sample in group.samples or []]
-        self.run.mask_truncated(samples)
-        self.run.score(samples)
+            if group.samples is None and group.under_way is not None:
+                group.samples = group.under_way.samples()
+                aborted = any(sample.finish_reason == "abort" for sample in group.samples)
+                (cut if aborted else new).append(group)
+            if group not in cut:
+                whole.append(group)
+        self.run.generated([sample for group in new for sample in group.samples or []])
+        self.run.reward([sample for group in whole for sample in group.samples or []])
         with self._changed:
             stale = [group for group in cut if self._too_stale(group)]
             flat = [group for group in whole if self._is_dropped_as_flat(group)]
-            self._remove(stale, "dropped_stale")
-            self._remove(flat, "dropped_without_spread")
+            self._drop(stale, "stale")
+            self._drop(flat, "without_spread")
             self._ready.update({group.number: group for group in whole if group not in flat})
+            for group in cut:
+                group.samples = None
             self._submit([group for group in cut if group not in stale])  # cut too early
             self._changed.notify_all()
         if stale or flat:
@@ -287,18 +333,12 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------ going on
 
     def _restore(self, state: dict[str, Any] | None) -> None:
-        """Prompts that were open at the checkpoint are asked for again: their responses are not in it."""
+        """Prompts that were open at the checkpoint come first; the ledger knows what there is of their responses."""
         if state is None:
             self._number = self.run.step * self.batch
             return
         prompts = {prompt.id: prompt for prompt in self.run.prompts.prompts}
-        self._drawn.extend(Group(number, prompts[name]) for number, name in state["again"])
+        self._drawn.extend(Group(number, prompts[name], resumed=True) for number, name in state["again"])
         self._number = state["number"]
         self.counts.update(state["counts"])
         self.counts["asked"] -= state["open"]
-        self.counts["asked_again"] += state["open"]
-        if state["open"]:
-            self.run.progress.message(
-                f"resumed: {state['open']} prompt groups that were open at the checkpoint are sampled again "
-                f"({state['ready']} were done and waited for training)"
-            )

@@ -24,13 +24,14 @@ from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import prune, step_folder
+from megatron_vespo.policy.checkpoint import newest, oldest, prune, read_state, step_folder
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
 from megatron_vespo.rollout.protocol import SamplingParams
 from megatron_vespo.rollout.sampling import GroupUnderWay, group_seeds, sample_groups, submit_groups
 from megatron_vespo.samples.dataset import PromptStream
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.staleness import token_lags, versions_of, weigh_down
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps, write_batch
@@ -46,6 +47,7 @@ class Run:
 
     config: RunConfig
     trainers: TrainerGroup
+    ledger: Ledger
     engines: EngineGroup
     engine_weights: WeightSync
     rewards: RewardWorkers
@@ -94,20 +96,37 @@ class Run:
         *,
         step: int,
         batch: str,
+        places: Sequence[int] | None = None,
         routing: RoutingShape | None = None,
     ) -> list[Sample]:
-        """Responses of the rollout batch ``step``; ``batch`` tells batches of one step apart."""
-        options = self._options(samples_per_prompt, step, batch, range(len(prompts)), routing)
+        """Responses of the rollout batch ``step``; ``batch`` tells batches of one step apart. ``places``: of the
+        prompts in it; None: they are all of it."""
+        places = range(len(prompts)) if places is None else places
+        options = self._options(samples_per_prompt, step, batch, places, routing)
         if self.play is not None:
             return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
         return sample_groups(self.engines.pool, prompts, sampling, **options)
 
     def rollout(self, prompts: Sequence[Prompt], *, step: int, batch: str) -> list[Sample]:
-        """To train on, all of them there on return."""
+        """Prompt groups in the order of ``prompts``, to train on. What the ledger has of them from before a restart is
+        not sampled again."""
         size = self.config.rollout.samples_per_prompt
-        samples = self.sample(prompts, self._training_sampling(), size, step=step, batch=batch, routing=self.routing)
-        self.mask_truncated(samples)
-        return samples
+        names = self.ledger.ask(f"{step}/{batch}", prompts, size, step)
+        groups = self.ledger.recall(names)
+        missing = [place for place, name in enumerate(names) if name not in groups]
+        if missing:
+            options = dict(step=step, batch=batch, places=missing, routing=self.routing)
+            new = self.sample([prompts[i] for i in missing], self._training_sampling(), size, **options)  # type: ignore[arg-type]
+            self.generated(new)
+            groups |= {names[place]: new[i * size : (i + 1) * size] for i, place in enumerate(missing)}
+        return [sample for name in names for sample in groups[name]]
+
+    def generated(self, samples: Sequence[Sample]) -> None:
+        """Whole responses to train on, as they come from the engines."""
+        for sample in samples:
+            if self.config.train.mask_truncated and sample.finish_reason == "length":
+                sample.loss_mask = np.zeros_like(sample.loss_mask)
+        self.ledger.generated(samples)
 
     def ask(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int]) -> list[GroupUnderWay]:
         """To train on, without waiting: the groups at ``places`` of the rollout batch ``step``, one a prompt."""
@@ -131,11 +150,14 @@ class Run:
             routing=routing,
         )
 
-    def mask_truncated(self, samples: Sequence[Sample]) -> None:
-        """train.mask_truncated."""
-        for sample in samples:
-            if self.config.train.mask_truncated and sample.finish_reason == "length":
-                sample.loss_mask = np.zeros_like(sample.loss_mask)
+    def reward(self, samples: Sequence[Sample]) -> None:
+        """Score those that have no reward yet, for the ledger too."""
+        new = [sample for sample in samples if sample.reward is None]
+        self.score(new)
+        self.ledger.scored(new)
+
+    def drop(self, groups: Sequence[Sequence[Sample]], reason: str) -> None:
+        self.ledger.dropped([sample.id for group in groups for sample in group], reason, self.version)
 
     def score(self, samples: Sequence[Sample]) -> None:
         with self._grading:
@@ -197,10 +219,13 @@ class Run:
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
+        ids = [sample.id for sample in mini_batch]
+        self.ledger.assigned(ids, self.version)
         metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
         self._add_metrics(metrics)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
             sample.train_logprobs, sample.trained_version = trained, self.version
+        self.ledger.trained(ids, self.version)
         self.weights.append(weights)
         lag = token_lags(mini_batch, self.version)
         self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
@@ -231,8 +256,12 @@ class Run:
         with self.phase("checkpoint"):
             folder = self.config.directory / "checkpoints"
             state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()} | state
+            self.ledger.make_durable(self.version)
             self.trainers.save(step_folder(folder, self.step), state)
             prune(folder, self.config.checkpoint.keep)
+            kept = oldest(folder)
+            assert kept is not None
+            self.ledger.release(read_state(kept)["version"])
 
     def store_batches(self, batches: Iterable[Sequence[Sample]]) -> None:
         """Of a checkpoint that is about to be saved at this step: batches sampled and not trained yet."""
@@ -254,7 +283,9 @@ class Run:
 
     def finish(self, **state: Any) -> None:
         """The last checkpoint, the HF export and the report. ``state``: as in save_checkpoint."""
-        self.save_checkpoint(**state)
+        folder = self.config.directory / "checkpoints"
+        if newest(folder) != step_folder(folder, self.step):
+            self.save_checkpoint(**state)
         if self.config.checkpoint.export_hf:
             self.trainers.export_hf(self.config.directory / "hf")
         self.writer.close()

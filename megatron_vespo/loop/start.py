@@ -15,15 +15,17 @@ from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.resume import load_newest, recipe
 from megatron_vespo.loop.run import Run
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest, read_state
+from megatron_vespo.policy.checkpoint import read_state
 from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape
 
 
@@ -34,8 +36,6 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
 
     config = resolved.run
     directory = config.directory
-    checkpoint = newest(directory / "checkpoints") if config.checkpoint.resume else None
-    state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
     prompts.require(config.train.prompts_per_step)
@@ -43,9 +43,23 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
     play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
     held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
 
     with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(directory, anew=not config.checkpoint.resume))
+        (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
+        stack.enter_context(ray_cluster(config))
+        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
+        stack.callback(rewards.close)
+        engines = EngineGroup(config, directory / "logs")
+        stack.callback(engines.close)
+        trainers = TrainerGroup(config, directory / "logs")
+        stack.callback(trainers.close)
+        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
+        checkpoint = load_newest(config, trainers)
+        state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
+        if checkpoint:
+            prompts.restore(state["prompts"])
+        rollback = ledger.roll_back(state["version"], recipe(config, prompts.prompts))
         writer = stack.enter_context(
             RunWriter(
                 directory,
@@ -56,17 +70,10 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
                 config=config.model_dump(mode="json"),
             )
         )
-        stack.enter_context(ray_cluster(config))
-        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
-        stack.callback(rewards.close)
-        engines = EngineGroup(config, directory / "logs")
-        stack.callback(engines.close)
-        trainers = TrainerGroup(config, directory / "logs")
-        stack.callback(trainers.close)
-        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
         run = Run(
             config=config,
             trainers=trainers,
+            ledger=ledger,
             engines=engines,
             engine_weights=WeightSync(config, trainers, engines),
             rewards=rewards,
@@ -81,9 +88,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             version=state["version"],
             resumed=state if checkpoint else {},
         )
-        if checkpoint:
-            trainers.load(checkpoint)
-            prompts.restore(state["prompts"])
+        if rollback is not None:
+            run.progress.message(f"resumed from step {run.step}: {rollback}")
         if config.sync.transport != "disk":
             engines.pool.refresh = lambda: run.engine_weights.refresh(run.version)
         if checkpoint or config.rollout.urls:

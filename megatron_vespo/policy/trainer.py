@@ -241,6 +241,10 @@ class PolicyTrainer:
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
         checkpoint.save_checkpoint(folder, self.hf_config, self.models, self.optimizer, self.scheduler, driver_state)
 
+    def damage(self, folder: Path) -> list[str]:
+        """Files of this rank's share of a checkpoint that are not what was written."""
+        return checkpoint.damage(folder, dist.get_rank(), dist.get_world_size())
+
     def load(self, folder: Path) -> None:
         checkpoint.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
