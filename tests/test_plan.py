@@ -132,7 +132,7 @@ def test_one_run_says_what_it_cannot_tell(runs: tuple[Path, Path]) -> None:
 def test_an_asynchronous_run_is_compared_and_not_calibrated_on(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", 8, 4, 2)
     config = run_dir / "config.resolved.yaml"
-    config.write_text(config.read_text().replace("train: {", "train: {mode: asynchronous, "))
+    config.write_text(config.read_text().replace("train: {steps: 9", "train: {mode: asynchronous, steps: 11"))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line["seconds"] = {"wait": 1.0, "train": 2.0, "sync": 1.0}

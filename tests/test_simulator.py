@@ -291,7 +291,8 @@ def test_a_plant_in_small_behaves_as_the_whole(name: str) -> None:
     small_plant, small, small_rates = scaled(plant, schedule, rates, 8)
     assert (small_plant.engines, small.groups, small_plant.replicas) == (4, 16, 1.5)
     found = run(small, small_plant, small_rates, updates=8, warmup=8)
-    assert 8 * found.samples_per_s == pytest.approx(whole.samples_per_s, rel=0.06)
+    # How many groups share a call depends on how many are asked at once, and so do the stragglers.
+    assert 8 * found.samples_per_s == pytest.approx(whole.samples_per_s, rel=0.1)
     assert found.staleness_mean == pytest.approx(whole.staleness_mean, rel=0.03)
 
 

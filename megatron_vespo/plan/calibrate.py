@@ -174,7 +174,8 @@ def measured_outcome(run_dir: Path) -> Outcome:
 
 
 def measured_steps(run_dir: Path) -> list[MeasuredStep]:
-    """The steps of a run whose rollouts it kept, without its first :data:`WARMUP_STEPS`."""
+    """The steps of a run whose rollouts it kept, without its first :data:`WARMUP_STEPS` and, in an asynchronous run, the
+    last, for which nothing more was asked."""
     records = read_records(run_dir / "metrics.jsonl")
     if not records:
         raise ConfigError(f"{run_dir}: no metrics.jsonl there, or nothing in it; give the directory of a run")
@@ -182,8 +183,9 @@ def measured_steps(run_dir: Path) -> list[MeasuredStep]:
     folder = run_dir / "rollouts"
     stored = set(stored_steps(folder))
     found = []
+    wanted = range(WARMUP_STEPS + 1, config.train.steps - drained_steps(config) + 1)
     for before, record in pairwise(records):
-        if "eval" in record or record["step"] <= WARMUP_STEPS or record["step"] not in stored:
+        if "eval" in record or record["step"] not in stored or record["step"] not in wanted:
             continue
         seconds = dict(record["seconds"])
         if "eval" not in before and "checkpoint" not in seconds:
@@ -195,6 +197,13 @@ def measured_steps(run_dir: Path) -> list[MeasuredStep]:
             "log.rollouts_kept > 0"
         )
     return found
+
+
+def drained_steps(config: RunConfig) -> int:
+    """Steps at the end of a run in which engines have nothing more to sample."""
+    if config.train.mode != "asynchronous":
+        return 0
+    return -(-(config.asynchronous.max_staleness + 1) // config.train.mini_batches)
 
 
 def _measured_step(config: RunConfig, path: Path, record: Record, seconds: dict[str, float]) -> MeasuredStep:

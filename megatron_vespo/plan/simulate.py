@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class Simulation:
     # --- the engines' side --------------------------------------------------------------------------------------
 
     def ask(self, groups: int) -> list[Group]:
-        """The next prompts go to the engines."""
+        """The next prompts go to the engines, those of a rollout batch together."""
         asked = []
         for _ in range(groups):
             shape = self.workload.draw(self.rng, self.schedule.size, self.schedule.longest)
@@ -106,7 +107,9 @@ class Simulation:
             self.count.asked += 1
             self.open[group.number] = group
             asked.append(group)
-        self.pool.submit(asked)
+        size = self.schedule.groups * self.schedule.mini_batches
+        for _, members in groupby(asked, key=lambda group: group.number // size):
+            self.pool.submit(list(members))
         return asked
 
     def _came_back(self, groups: list[Group]) -> None:
