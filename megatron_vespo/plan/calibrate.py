@@ -174,8 +174,8 @@ def measured_outcome(run_dir: Path) -> Outcome:
 
 
 def measured_steps(run_dir: Path) -> list[MeasuredStep]:
-    """The steps of a run whose rollouts it kept, without its first :data:`WARMUP_STEPS` and, in an asynchronous run, the
-    last, for which nothing more was asked."""
+    """The steps of a run whose rollouts it kept, without its first :data:`WARMUP_STEPS` and, where it is asynchronous,
+    its last, for which nothing more was asked."""
     records = read_records(run_dir / "metrics.jsonl")
     if not records:
         raise ConfigError(f"{run_dir}: no metrics.jsonl there, or nothing in it; give the directory of a run")
