@@ -4,11 +4,11 @@
     python benchmarks/convert.py --gb 0.5           # a trial
     python benchmarks/convert.py --bridge PYTHON    # also megatron-bridge, in an environment of its own
 
-Every line reads its source, writes its target and waits until that is on the disk (fsync). Copies are made before each
-conversion, and all lines compared with the median copy. ``moving`` leaves out what does not grow with the bytes: imports
-and planning. Caches are left as they are (sources of this size mostly lie in memory) unless --drop-caches, which needs
-root, empties them before every line. megatron-bridge is used plainly: import_ckpt, and export_ckpt (docs/weights.md
-tells what it takes to install it; this was not run with it).
+Every line reads its source, writes its target and waits until that is on the disk (fsync). Copies come before each
+conversion; all lines are compared with the median copy. ``moving`` leaves out what does not grow with the bytes:
+imports and planning. Caches are left as they are (sources of this size mostly lie in memory) unless --drop-caches,
+which needs root, empties them before every line. megatron-bridge is used plainly: import_ckpt, and export_ckpt
+(docs/weights.md tells what it takes to install it; this was not run with it).
 """
 
 from __future__ import annotations

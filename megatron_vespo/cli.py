@@ -51,9 +51,39 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="resolve, check and show the plan; start nothing")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan",
+        help="layout and memory of a run; with --simulate its throughput, idle shares and staleness on any GPUs",
+        description="Without --simulate: layout and memory a rank, as train --dry-run. With it, the run's loop is "
+        "simulated for every split of the GPUs between engines and trainer, and one is recommended. The rates are "
+        "those of finished runs (--from) or stated ones (--rates); docs/simulator.md.",
+    )
+    plan.add_argument("config", type=Path)
+    plan.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that win over the file's; with --simulate rates too"
+    )
+    plan.add_argument("--simulate", action="store_true", help="predict instead of only laying out")
+    plan.add_argument(
+        "--from", nargs="+", type=Path, default=[], dest="run_dirs", metavar="RUN_DIR", help="measure the rates there"
+    )
+    plan.add_argument("--rates", type=Path, dest="rates_file", metavar="FILE", help="YAML of stated rates and lengths")
+    plan.add_argument("--gpus", type=int, help="to split (default: as many as the config has)")
+    plan.add_argument("--seed", type=int, default=0, help="of the simulated lengths")
+    plan.add_argument("--json", action="store_true", help="all numbers instead of tables")
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="write report.html of a run directory")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
+
+    ledger = commands.add_parser(
+        "ledger",
+        help="account for every prompt and sample of a run: asked = trained + dropped + open",
+        description="Reads RUN_DIR/ledger.sqlite, of a run under way or dead. Exit code 1: it does not balance.",
+    )
+    ledger.add_argument("run_dir", type=Path, help="the directory of a run")
+    ledger.add_argument("--all", action="store_true", help="a row for every step, not only for the newest")
+    ledger.set_defaults(run=_ledger)
 
     compare = commands.add_parser(
         "compare",
@@ -112,13 +142,15 @@ def _train(options: argparse.Namespace) -> int:
         return 0
 
     from megatron_vespo.cluster.ray_cluster import ClusterError
-    from megatron_vespo.loop.run import open_run
-    from megatron_vespo.loop.synchronous import train
+    from megatron_vespo.loop.modes import train
+    from megatron_vespo.loop.start import open_run
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
     from megatron_vespo.samples.dataset import DataError
+    from megatron_vespo.samples.disk import DiskFull
+    from megatron_vespo.samples.ledger import LedgerError
     from megatron_vespo.weights.sync import SyncError
 
     try:
@@ -127,12 +159,39 @@ def _train(options: argparse.Namespace) -> int:
     except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, EngineError, EpisodeError, SyncError) as error:
+    except (ClusterError, EngineError, EpisodeError, SyncError, LedgerError, DiskFull) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()
         return 1
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    ours = [argument for argument in options.overrides if argument.startswith(("rates.", "lengths."))]
+    settings = [argument for argument in options.overrides if argument not in ours]
+    resolved = load_config(options.config, settings)
+    if options.simulate:
+        from megatron_vespo.plan.report import simulate_plan
+
+        print(
+            simulate_plan(
+                resolved.run,
+                run_dirs=options.run_dirs,
+                rates_file=options.rates_file,
+                assumptions=ours,
+                gpus=options.gpus,
+                seed=options.seed,
+                as_text=not options.json,
+            )
+        )
+        return 0
+    if ours or options.run_dirs or options.rates_file or options.gpus or options.json:
+        raise ConfigError("rates, --from, --gpus and --json belong to a simulation; add --simulate")
+    from megatron_vespo.loop.preflight import check_run
+
+    print(check_run(resolved.run, dry_run=True).describe())
     return 0
 
 
@@ -143,6 +202,17 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run_dir))
     return 0
+
+
+def _ledger(options: argparse.Namespace) -> int:
+    from megatron_vespo.samples.accounting import NoLedger, account, account_table
+
+    try:
+        result = account(options.run_dir)
+    except NoLedger as error:
+        raise ConfigError(str(error)) from None
+    print(account_table(result, all_steps=options.all))
+    return 0 if result.balances else 1
 
 
 def _compare(options: argparse.Namespace) -> int:

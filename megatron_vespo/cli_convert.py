@@ -62,7 +62,21 @@ def _verb(
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text)
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core, at most 8)")
-    parser.set_defaults(run=run)
+
+    def run_or_tell(options: argparse.Namespace) -> int:
+        from megatron_vespo.config.load import ConfigError
+        from megatron_vespo.weights.mapping import WeightsError
+
+        try:
+            return run(options)
+        except WeightsError as error:
+            raise ConfigError(str(error)) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise ConfigError(f"{error.filename}: {error.strerror}") from None
+
+    parser.set_defaults(run=run_or_tell)
     return parser
 
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_vespo.convert.files import Files
 from megatron_vespo.convert.placement import Part
-from megatron_vespo.convert.torch_save import first_byte, frame
+from megatron_vespo.convert.torch_save import check_bytes, first_byte, frame
 from megatron_vespo.weights.mapping import Shape, WeightsError
 
 METADATA_FILE = ".metadata"
@@ -53,9 +53,12 @@ class Stored:
 class Reader:
     """A checkpoint's tensors, read a few rows at a time. ``.metadata`` is a pickle: read only what you trust."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises WeightsError for a folder that is not such a checkpoint, or that has lost a file or a part of one."""
-        self.folder = folder
+    def __init__(self, folder: Path, *, prove: bool) -> None:
+        """``prove``: each chunk against torch.save's own checksum of it, before it is first read.
+
+        Raises WeightsError for a folder that is not such a checkpoint, or that has lost a file or a part of one.
+        """
+        self.folder, self._prove = folder, prove
         self._files = Files()
         if not (folder / METADATA_FILE).is_file():
             raise WeightsError(f"{folder}: no {METADATA_FILE} there; give the folder of a distributed checkpoint")
@@ -161,6 +164,8 @@ class Reader:
             if len(head) + nbytes + len(tail) == chunk.length:
                 self._files.read(chunk.file, chunk.start, found, key)
             same = found.numpy().tobytes() == head
+            if self._prove:
+                check_bytes(chunk.file, chunk.start, chunk.length, key)
             self._starts[chunk] = chunk.start + (
                 len(head) if same else first_byte(chunk.file, chunk.start, chunk.length, chunk.dtype, chunk.shape, key)
             )

@@ -26,7 +26,8 @@ class MegatronReader:
 
     def __init__(self, folder: Path, placement: Placement) -> None:
         self.folder = folder
-        self._reader = Reader(folder)
+        self.checksums = read_checksums(folder)
+        self._reader = Reader(folder, prove=not self.checksums)
         self._placed = placement.tensors
         problems = [p for p in map(self._reader.check, placement.parts) if p]
         if problems:
@@ -34,7 +35,6 @@ class MegatronReader:
         self.tensors = {
             name: Info(self._reader.dtype(placed.runs[0].part), placed.shape) for name, placed in self._placed.items()
         }
-        self.checksums = read_checksums(folder)
         self._chunks = lru_cache(maxsize=256)(self._reader.chunks)
 
     def stored_dtype(self, name: str) -> torch.dtype:

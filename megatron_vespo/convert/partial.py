@@ -70,7 +70,7 @@ class Partial:
 
     def require_space(self, nbytes: int) -> None:
         """Raises ConfigError where the disk has no room for what is still missing of ``nbytes``."""
-        there = sum(file.stat().st_blocks * 512 for file in self.folder.iterdir())
+        there = sum(file.stat().st_blocks * 512 for file in self.folder.iterdir() if file.name != JOURNAL)
         free, needed = shutil.disk_usage(self.folder).free, nbytes - there
         if needed > free:
             raise ConfigError(

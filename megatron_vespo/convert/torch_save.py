@@ -7,6 +7,9 @@ import math
 import os
 import pickle
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
@@ -37,25 +40,52 @@ def first_byte(path: Path, start: int, length: int, dtype: torch.dtype, shape: S
 
     Raises WeightsError, which names ``what``, where there is no row-major tensor of this dtype and shape.
     """
-    where = f"{path}: {what}, bytes {start} to {start + length}"
+    with _opened(path, start, length, what) as (archive, record, first):
+        [description] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        described = _Description(archive.open(description)).load()
+    nbytes = math.prod(shape) * dtype.itemsize
+    if described != ("storage", 0, shape, _contiguous(shape)) or record.file_size != nbytes:
+        raise WeightsError(
+            f"{path}: {what}, bytes {start} to {start + length}: holds {described} in {record.file_size} bytes, and "
+            f"the checkpoint says {list(shape)} of {dtype}, row-major"
+        )
+    return first
+
+
+def check_bytes(path: Path, start: int, length: int, what: str) -> None:
+    """Raises WeightsError, which names ``what``, where a tensor's bytes are not those that torch.save wrote."""
+    with _opened(path, start, length, what) as (_, record, first), path.open("rb") as file:
+        file.seek(start + first)
+        found, left = 0, record.file_size
+        while left:
+            data = file.read(min(left, 1 << 20))
+            found, left = zlib.crc32(data, found), left - len(data)
+        if found != record.CRC and record.CRC:  # 0: saved without
+            raise WeightsError(
+                f"{path}: {what}, bytes {start} to {start + length}: not those that torch.save's checksum (CRC-32) "
+                "tells: the file is corrupted"
+            )
+
+
+@contextmanager
+def _opened(path: Path, start: int, length: int, what: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo, int]]:
+    """The archive in a stretch of a file, its record with the elements, and where in the stretch these start."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(_Stretch(file, start, length)) as archive:
-            records = {name.split("/", 1)[1]: name for name in archive.namelist()}
-            described = _Description(archive.open(records["data.pkl"])).load()
-            record = archive.getinfo(records["data/0"])
+            [record] = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("compressed")
             file.seek(start + record.header_offset)
             header = file.read(30)
-    except (OSError, KeyError, IndexError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError) as error:
-        raise WeightsError(f"{where}: not a tensor that torch.save wrote ({error}): the file is corrupted") from None
-    wanted = ("storage", 0, shape, _contiguous(shape))
-    nbytes = math.prod(shape) * dtype.itemsize
-    if described != wanted or record.file_size != nbytes or record.compress_type != zipfile.ZIP_STORED:
+            name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+            yield archive, record, record.header_offset + len(header) + name + extra
+    except WeightsError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise WeightsError(
-            f"{where}: holds {described} in {record.file_size} bytes, and the checkpoint says {list(shape)} of "
-            f"{dtype}, row-major"
-        )
-    name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    return record.header_offset + len(header) + name + extra
+            f"{path}: {what}, bytes {start} to {start + length}: not a tensor that torch.save wrote ({error}): "
+            "the file is corrupted"
+        ) from None
 
 
 def _contiguous(shape: Shape) -> Shape:

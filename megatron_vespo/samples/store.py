@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from megatron_vespo.samples.disk import DiskFull, is_disk_full, require_space
 from megatron_vespo.samples.records import Prompt, Sample
 
 FORMAT = 1
@@ -47,7 +48,8 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def write_batch(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes ``samples`` to ``path`` by rename: a reader finds the whole batch or none."""
+    """Writes ``samples`` to ``path`` by rename: a reader finds the whole batch or none. Raises
+    :class:`~megatron_vespo.samples.disk.DiskFull` before or instead of writing."""
     prompts = {id(s.prompt): s.prompt for s in samples}
     place = {key: i for i, key in enumerate(prompts)}
     arrays: dict[str, np.ndarray] = {
@@ -75,10 +77,15 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
     }
     arrays["json"] = np.frombuffer(json.dumps(rest, ensure_ascii=False).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_space(path.parent, sum(array.nbytes for array in arrays.values()), path.name)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
         save_file(arrays, temporary)
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise DiskFull(f"{path}: the disk is full ({error}); nothing of the file is kept") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
