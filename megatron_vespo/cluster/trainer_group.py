@@ -131,11 +131,16 @@ class TrainerGroup:
         return metrics, logprobs, stacked([result.weights for result in results])
 
     def compute_old_logprobs(
-        self, mini_batch: Sequence[Sample]
+        self, mini_batch: Sequence[Sample], version: int | None = None
     ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
-        """What the next update of ``mini_batch`` starts from. (metrics, [response] float32 log pi_old of each)."""
-        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)))
+        """(metrics, [response] float32 log pi_old of each), under the kept weights of ``version``; None: those of now,
+        which the next update of ``mini_batch`` starts from."""
+        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)), version)
         return results[0][1], _in_order([logprobs for logprobs, _ in results])
+
+    def keep_weights(self, version: int, oldest: int) -> None:
+        """Remember the current weights as those of ``version``; forget versions before ``oldest``."""
+        self._all("keep_weights", version, oldest)
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""

@@ -14,6 +14,7 @@ How a loop uses it (every method is one transaction, and returns when it is comm
         rollback = ledger.roll_back(version, recipe)      # once, at the start: to the checkpoint that was loaded
         names = ledger.ask(batch, prompts, size, step)    # before the requests go out; "<batch>/<prompt id>"
         known = ledger.recall(names)                      # {name: samples} that an earlier process got; not asked anew
+        ledger.discard(names, reason, version)            # those of them that cannot be used; they are asked again
         ledger.generating(samples)                        # optional: partial responses; ledger.partial() reads them
         ledger.generated(samples)                         # whole responses, with everything that training needs
         ledger.scored(samples)                            # grade, reward, metadata["reward_error"]
@@ -155,6 +156,18 @@ class Ledger:
         if found[1] != size:
             raise LedgerError(f"prompt group {name}: was asked for {found[1]} responses, and now for {size}")
         return True
+
+    def discard(self, names: Sequence[str], reason: str, version: int) -> None:
+        """Groups of an earlier process that are of no use to this one: what is not final of them is dropped, and they
+        may be asked anew. ``version``: of the weights now."""
+        with self._transaction():
+            for name in names:
+                self._db.execute(
+                    "UPDATE samples SET state = 'dropped', version = ?, slot = NULL, reason = ? WHERE prompt_group IN "
+                    f"(SELECT id FROM groups WHERE name = ? AND NOT replaced) AND {among('state', OPEN)}",
+                    (version, reason, name),
+                )
+                self._db.execute("UPDATE groups SET replaced = 1 WHERE name = ? AND NOT replaced", (name,))
 
     # ------------------------------------------------------------------------------------------ responses
 

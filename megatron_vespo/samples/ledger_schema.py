@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS groups (
     step INTEGER NOT NULL,              -- at which it was asked
     first INTEGER NOT NULL,             -- samples first .. first + size - 1 are its own
     size INTEGER NOT NULL,
-    replaced INTEGER NOT NULL DEFAULT 0 -- 1: a rollback dropped it whole, and the name may be asked anew
+    replaced INTEGER NOT NULL DEFAULT 0 -- 1: it was dropped whole (rollback, discard): the name may be asked anew
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS groups_name ON groups(name) WHERE NOT replaced;
 CREATE TABLE IF NOT EXISTS payloads (
