@@ -293,7 +293,7 @@ class Rollouts:
                 self._hand_over(groups)
         except BaseException as error:
             with self._changed:
-                pass
+                self._error = error
                 self._changed.notify_all()
 
     def _hand_over(self, groups: list[Group]) -> None:
