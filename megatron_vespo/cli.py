@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_vespo.cli_convert import add_parser as add_convert_parser
 from megatron_vespo.config.load import ConfigError, load_config, parse_override
 
 
@@ -49,6 +50,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     train.add_argument("--dry-run", action="store_true", help="resolve, check and show the plan; start nothing")
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="layout and memory of a run; with --simulate its throughput, idle shares and staleness on any GPUs",
+        description="Without --simulate: layout and memory a rank, as train --dry-run. With it, the run's loop is "
+        "simulated for every split of the GPUs between engines and trainer, and one is recommended. The rates are "
+        "those of finished runs (--from) or stated ones (--rates); docs/simulator.md.",
+    )
+    plan.add_argument("config", type=Path)
+    plan.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that win over the file's; with --simulate rates too"
+    )
+    plan.add_argument("--simulate", action="store_true", help="predict instead of only laying out")
+    plan.add_argument(
+        "--from", nargs="+", type=Path, default=[], dest="run_dirs", metavar="RUN_DIR", help="measure the rates there"
+    )
+    plan.add_argument("--rates", type=Path, dest="rates_file", metavar="FILE", help="YAML of stated rates and lengths")
+    plan.add_argument("--gpus", type=int, help="to split (default: as many as the config has)")
+    plan.add_argument("--seed", type=int, default=0, help="of the simulated lengths")
+    plan.add_argument("--json", action="store_true", help="all numbers instead of tables")
+    plan.set_defaults(run=_plan)
 
     report = commands.add_parser("report", help="write report.html of a run directory")
     report.add_argument("run_dir", type=Path)
@@ -105,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--params", nargs="*", default=[], metavar="key=value", help="of the objective, such as cap=2.0"
     )
     budget.set_defaults(run=_budget)
+    add_convert_parser(commands)
     return parser
 
 
@@ -142,6 +165,33 @@ def _train(options: argparse.Namespace) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    ours = [argument for argument in options.overrides if argument.startswith(("rates.", "lengths."))]
+    settings = [argument for argument in options.overrides if argument not in ours]
+    resolved = load_config(options.config, settings)
+    if options.simulate:
+        from megatron_vespo.plan.report import simulate_plan
+
+        print(
+            simulate_plan(
+                resolved.run,
+                run_dirs=options.run_dirs,
+                rates_file=options.rates_file,
+                assumptions=ours,
+                gpus=options.gpus,
+                seed=options.seed,
+                as_text=not options.json,
+            )
+        )
+        return 0
+    if ours or options.run_dirs or options.rates_file or options.gpus or options.json:
+        raise ConfigError("rates, --from, --gpus and --json belong to a simulation; add --simulate")
+    from megatron_vespo.loop.preflight import check_run
+
+    print(check_run(resolved.run, dry_run=True).describe())
     return 0
 
 
