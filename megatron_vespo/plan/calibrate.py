@@ -2,9 +2,9 @@
 (true lengths).
 
 A phase's seconds are linear in what it had to do: decode steps, tokens, responses, passes. Each is fitted over the
-steps of all runs given, by least absolute deviations with no coefficient below 0, so that a step in which the machine
-was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed cost
-from one that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
+steps of all runs given, by least absolute relative deviations with no coefficient below 0, so that a step in which the
+machine was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed
+cost from one that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
 """
 
 from __future__ import annotations
@@ -97,13 +97,14 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
             return [0.0] * len(columns)
         work = np.array(list(columns.values()), float).T[having]
         seconds = np.array([steps[i].seconds[phase] for i in having])
+        work /= np.maximum(seconds, 1e-9)[:, None]  # relative: a small batch counts for as much as a large one
         if tells_apart(work):
-            return fit_absolute(work, seconds).tolist()
+            return fit_absolute(work, np.ones(len(having))).tolist()
         warnings.append(
             f"{phase}: all steps are about the same size, so that what is fixed and what grows with it cannot be told "
             f"apart; all is laid on {list(columns)[-1]}. Add a run with another batch: --from RUN_DIR RUN_DIR"
         )
-        return [0.0] * (len(columns) - 1) + fit_absolute(work[:, -1:], seconds).tolist()
+        return [0.0] * (len(columns) - 1) + fit_absolute(work[:, -1:], np.ones(len(having))).tolist()
 
     ones = [1.0] * len(steps)
     updates = [float(step.updates) for step in steps]
