@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_vespo.cli_convert import add_parser as add_convert_parser
 from megatron_vespo.config.load import ConfigError, load_config, parse_override
 
 
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--params", nargs="*", default=[], metavar="key=value", help="of the objective, such as cap=2.0"
     )
     budget.set_defaults(run=_budget)
+    add_convert_parser(commands)
     return parser
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file
-from tiny_models import megatron_tensors, share_of, tiny_config, tiny_hf_model, whole_name
+from tiny_models import held, megatron_tensors, share_of, tiny_config, tiny_hf_model, whole_name
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from megatron_vespo.config.schema import ModelConfig
@@ -19,24 +19,33 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model
 from megatron_vespo.weights.export import export_hf
 
-KINDS = ("qwen3 tied", "qwen3 untied", "qwen3_moe", "qwen3_moe mixed", "qwen2 tied", "qwen2 untied", "llama", "mixtral")
-"""All have an odd vocabulary (101) and are float32. mixed: one layer of four is dense."""
-BFLOAT16 = "qwen3_moe bfloat16"
-TOKENS = torch.randint(101, (40,), generator=torch.Generator().manual_seed(5))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tied": dict(tie_word_embeddings=True),
+    "untied": dict(tie_word_embeddings=False),
+    "mixed": dict(mlp_only_layers=[1]),  # one layer of four is dense
+    "bfloat16": {},
+    "direct": dict(q_lora_rank=None, vocab_size=97, n_group=1, topk_group=1, rms_norm_eps=1e-3),  # queries are
+    "unscaled": dict(rope_parameters=dict(rope_type="default", rope_theta=20.0)),
+    "plain": dict(use_qk_norm=False, attention_bias=False, vocab_size=151, tie_word_embeddings=True),
+}
+"""What sets a kind of checkpoint apart from its family's ``tiny_config``."""
+KINDS = (
+    *("qwen3 tied", "qwen3 untied", "qwen3_moe", "qwen3_moe mixed", "qwen2 tied", "qwen2 untied", "llama", "llama3"),
+    *("mixtral", "deepseek_v3", "deepseek_v3 direct", "deepseek_v3 unscaled", "glm4_moe", "glm4_moe plain"),
+)
+"""All have an odd vocabulary (101, 97 or 151) and are float32."""
+BFLOAT16 = ("qwen3_moe bfloat16", "deepseek_v3 bfloat16", "glm4_moe bfloat16")
+TOKENS = torch.randint(97, (40,), generator=torch.Generator().manual_seed(5))
 
 
 def hf_config(kind: str) -> PreTrainedConfig:
     family, _, variant = kind.partition(" ")
-    config = tiny_config({"qwen3": "dense", "qwen3_moe": "moe"}.get(family, family))
-    if variant in ("tied", "untied"):
-        config.tie_word_embeddings = variant == "tied"
-    if variant == "mixed":
-        config.mlp_only_layers = [1]
-    return config
+    family = {"qwen3": "dense", "qwen3_moe": "moe"}.get(family, family)
+    return tiny_config(family, **VARIANTS[variant] if variant else {})
 
 
 def write_checkpoint(folder: Path, kind: str) -> Path:
-    dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if kind in BFLOAT16 else torch.float32
     tiny_hf_model(hf_config(kind), dtype).save_pretrained(folder)
     return folder
 
@@ -68,10 +77,10 @@ def differences(found: dict[str, torch.Tensor], folder: Path) -> list[str]:
 def misplaced(chunks: list[Any], folder: Path) -> list[str]:
     """Parameters of this rank that do not hold their share of the checkpoint, by the tests' own map."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    whole = megatron_tensors(model.config, dict(model.named_parameters()))
+    whole = megatron_tensors(model.config, held(model))
     wrong = []
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in held(chunk).items():
             full_name = whole_name(chunk, name)
             if not torch.equal(share_of(whole[full_name], full_name, parameter).to(parameter.dtype), parameter):
                 wrong.append(full_name)

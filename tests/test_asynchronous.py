@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,33 @@ import numpy as np
 import pytest
 from fake_run import PROMPTS, fake_run
 
-from megatron_vespo.loop.asynchronous import train
+from megatron_vespo.loop import asynchronous
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.policy.checkpoint import read_state
 from megatron_vespo.rollout import EngineError
 from megatron_vespo.samples.accounting import account
 from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.staleness import versions_of
+from megatron_vespo.samples.store import read_batch
 
 SLOW_ENGINE = {"step_s": 0.004, "update_s": 0.0}
 SLOW_TRAINER = {"step_s": 0.001, "update_s": 0.05}
 STRAGGLERS = tuple(60 if i % 7 == 0 else 3 for i in range(PROMPTS))
+
+
+def train(run: Run) -> None:
+    """A run that never ends fails its test, and only that."""
+    ended: Future[None] = Future()
+
+    def body() -> None:
+        try:
+            ended.set_result(asynchronous.train(run))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    ended.result(timeout=60)
 
 
 def trained(run: Run) -> list[list[Sample]]:
@@ -189,7 +207,8 @@ def test_an_error_on_either_side_ends_the_run_with_itself(tmp_path: Path, side: 
 @pytest.mark.parametrize("old_logprobs", ["exact", "engine"])
 def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path: Path, old_logprobs: str) -> None:
     settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "sync_every": 2}
-    run = fake_run(tmp_path, asynchronous=settings, checkpoint={"every": 3}, **SLOW_TRAINER)
+    longer = {"steps": 9}
+    run = fake_run(tmp_path, asynchronous=settings, checkpoint={"every": 3}, train=longer, **SLOW_TRAINER)
     original = run.trainers.train_mini_batch
 
     def interrupted(samples: list[Sample]) -> Any:
@@ -204,14 +223,18 @@ def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path
     state = read_state(tmp_path / "checkpoints" / "step_000003")
     assert state["step"] == 3 and state["rollouts"]["open"] > 4
 
-    resumed = fake_run(tmp_path, asynchronous=settings, resumed=state)
+    on_disk = [s for path in (tmp_path / "pending").iterdir() for s in read_batch(path)]
+    assert 4 in versions_of(on_disk), "the crash takes with it weights that had sampled"
+
+    resumed = fake_run(tmp_path, asynchronous=settings, train=longer, resumed=state)
     train(resumed)
     resumed.ledger.close()
     both = trained(run)[:3] + trained(resumed)
     names = Counter(s.id for batch in both for s in batch)
-    assert len(names) == 6 * 4 * 2 and set(names.values()) == {1}, "each once, none left out"
+    assert len(names) == 9 * 4 * 2 and set(names.values()) == {1}, "each once, none left out"
+    assert 4 not in versions_of(s for batch in trained(resumed) for s in batch)
     last = accounts_balance(resumed)
-    assert last["rollouts/trained"] == 24 and last["rollouts/open"] == 0
+    assert last["rollouts/trained"] == 36 and last["rollouts/open"] == 0
     # By version 2 at most, as the sync after it was the last before the checkpoint at 3.
     from_disk = state["rollouts"]["open"] - last["rollouts/sampled_again"]
     assert (from_disk > 0) == (old_logprobs == "engine")

@@ -124,6 +124,8 @@ def test_what_is_not_one_sample_is_refused(tmp_path: Path) -> None:
         samples = score(responses(names))
         with pytest.raises(LedgerError, match="0/train/p0: was asked already"):
             ledger.ask("0/train", prompts(1), SIZE, 0)
+        with pytest.raises(LedgerError, match="prompt group 1/train/p1: is asked twice"):
+            ledger.ask("1/train", prompts(2) + prompts(2)[1:], SIZE, 1)
         with pytest.raises(LedgerError, match=r"sample 0/train/p0/0 is twice among those .* generated"):
             ledger.generated([*samples, samples[0]])
         assert not list((tmp_path / "pending").iterdir())

@@ -50,6 +50,7 @@ def test_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             "takes .*'rotary_interleaved'.*, its replacement .*'other'",
         ),
         (Missing("transformer.moe.moe_utils", "permute", None, ""), "moe_utils:permute is defined now"),
+        (Missing("transformer.moe.moe_utils", "HAVE_TE", None, "", found=True), "moe_utils:HAVE_TE is False now"),
     ],
 )
 @cpu_only

@@ -22,6 +22,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: Path
     """Folder of the HF checkpoint to start from: config.json, safetensors, tokenizer."""
+    weights: Path | None = None
+    """Megatron distributed checkpoint (converted, or of a run) that the trainer starts from instead of path's
+    safetensors. Config and tokenizer are path's; engines start from path and are synced before the first rollout."""
     shape: Path | None = None
     """Folder with a config.json to plan with (--dry-run) on a machine that does not have the checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -265,7 +268,8 @@ class SyncConfig(Section):
     timeout_s: PositiveFloat = 120
     """Seconds that the engines may take to join a broadcast, and a bucket to reach them."""
     folder: Path | None = None
-    """Where the disk transport writes; None: shared memory (/dev/shm) if there is room, else the run directory."""
+    """Where the disk transport writes; None: shared memory (/dev/shm) if it holds three copies of model.path and one
+    node is all there is, else the run directory."""
     probe_tolerance: PositiveFloat | None = None
     """Largest |engine - trainer| log-prob on the probe before the run is stopped; None: measured only."""
 

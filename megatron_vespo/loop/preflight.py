@@ -13,10 +13,10 @@ from transformers import AutoConfig
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.preflight_mode import check_mode
-from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, newest
+from megatron_vespo.policy.architecture import check_architecture, check_layout, check_router_losses, num_experts
+from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, check_weights, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
-from megatron_vespo.policy.model import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.rollout import HttpEngine
 from megatron_vespo.rollout.launch import flag_names
@@ -71,6 +71,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     _check_counts(config, hf_config)
     _check_routing_replay(config, hf_config, ask_engines=not dry_run)
     layout = _check_layout(config, hf_config)
+    _check_weights(config, hf_config)
     _check_engines(config)
     _check_sync(config)
     check_mode(config)
@@ -98,7 +99,16 @@ def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
     if missing := _absent_model(config):
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
+    _check_weights(config, hf_config)
     return hf_config, _check_layout(config, hf_config)
+
+
+def _check_weights(config: RunConfig, hf_config: Any) -> None:
+    if config.model.weights is not None and (config.model.weights / ".metadata").is_file():
+        try:
+            check_weights(config.model.weights, hf_config)
+        except CheckpointError as error:
+            raise ConfigError(f"model.weights = {error}") from None
 
 
 def _check_engines(config: RunConfig) -> None:
@@ -117,9 +127,13 @@ def _check_engines(config: RunConfig) -> None:
 def _absent_model(config: RunConfig) -> list[str]:
     if not (config.model.path / "config.json").is_file():
         return [_no_checkpoint(config)]
+    missing = []
     if not any(config.model.path.glob("*.safetensors")):
-        return [f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded"]
-    return []
+        missing.append(f"model.path = {config.model.path}: no .safetensors there; the weights are not downloaded")
+    weights = config.model.weights
+    if weights is not None and not (weights / ".metadata").is_file():
+        missing.append(f"model.weights = {weights}: no .metadata there; give the folder of a distributed checkpoint")
+    return missing
 
 
 def _absent_data(config: RunConfig) -> list[str]:
@@ -239,11 +253,6 @@ def _check_sync(config: RunConfig) -> None:
                 f"sync.transport = shared_memory with rollout.urls of another machine, {elsewhere[0]}; "
                 "set sync.transport to broadcast or disk"
             )
-    if sync.transport == "disk" and config.rollout.engine == "sglang" and config.rollout.precision == "fp8":
-        raise ConfigError(
-            "sync.transport = disk with rollout.engine = sglang and rollout.precision = fp8: the folder holds no fp8 "
-            "blocks, which SGLang cannot make of it; set sync.transport to broadcast or shared_memory"
-        )
     if sync.transport == "disk" and elsewhere and sync.folder is None:
         raise ConfigError(
             f"sync.transport = disk with rollout.urls of another machine, {elsewhere[0]}, and no sync.folder; "

@@ -88,7 +88,7 @@ class Weights:
     """Weights to take gradients at."""
 
     config: RunConfig
-    """The run's; its model.path is the HF folder that the trainer starts from."""
+    """The run's; its model.path, or model.weights, is what the trainer starts from."""
     checkpoint: Path | None
     """Megatron's, loaded over them."""
     version: int | None
@@ -96,7 +96,7 @@ class Weights:
 
     def __str__(self) -> str:
         version = "unknown" if self.version is None else self.version
-        return f"{self.checkpoint or self.config.model.path}, version {version}"
+        return f"{self.checkpoint or self.config.model.weights or self.config.model.path}, version {version}"
 
 
 def find_weights(run_dir: Path, config: RunConfig, choice: str | None) -> Weights | str:
@@ -116,8 +116,8 @@ def find_weights(run_dir: Path, config: RunConfig, choice: str | None) -> Weight
     if (folder / STATE_FILE).is_file():
         return _checked(config, folder)
     if (folder / "config.json").is_file():
-        started_there = folder.resolve() == config.model.path.resolve()
-        model = config.model.model_copy(update={"path": folder})
+        started_there = config.model.weights is None and folder.resolve() == config.model.path.resolve()
+        model = config.model.model_copy(update={"path": folder, "weights": None})
         weights = _checked(config.model_copy(update={"model": model}), None)
         return weights if started_there else replace(weights, version=None)
     raise ConfigError(

@@ -24,7 +24,7 @@ from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest, oldest, prune, read_state, step_folder
+from megatron_vespo.policy.checkpoint import complete, newest, prune, read_state, step_folder
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
@@ -259,9 +259,10 @@ class Run:
             self.ledger.make_durable(self.version)
             self.trainers.save(step_folder(folder, self.step), state)
             prune(folder, self.config.checkpoint.keep)
-            kept = oldest(folder)
-            assert kept is not None
-            self.ledger.release(read_state(kept)["version"])
+            kept = complete(folder)
+            # Before that many, damage to the newest would throw the run back to its start.
+            if len(kept) == self.config.checkpoint.keep:
+                self.ledger.release(read_state(kept[0])["version"])
 
     def store_batches(self, batches: Iterable[Sequence[Sample]]) -> None:
         """Of a checkpoint that is about to be saved at this step: batches sampled and not trained yet."""

@@ -92,8 +92,8 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             run.progress.message(f"resumed from step {run.step}: {rollback}")
         if config.sync.transport != "disk":
             engines.pool.refresh = lambda: run.engine_weights.refresh(run.version)
-        if checkpoint or config.rollout.urls:
-            # Engines that someone else started may hold anything.
+        if checkpoint or config.rollout.urls or config.model.weights:
+            # Engines were launched from model.path; those that someone else started may hold anything.
             run.sync_weights()
         else:
             run.engine_weights.keep(0)

@@ -72,6 +72,8 @@ UPSTREAM_NOTES = {
     r".*(Apex|Transformer Engine).*": "half a dozen notes that they are absent; current() decides what follows from it",
     r"full scope is deprecated.*": "megatron-core on its own default for CUDA graphs, which nothing here uses",
     r"`torch\.distributed\..*` is deprecated.*": "megatron-core calls the older name",
+    r"`load_state_dict` is deprecated.*": "megatron-core calls the older name",
+    r"Please use DTensor instead.*": "megatron-core's distributed checkpoints are made of its predecessor",
     r"The \.grad attribute of a Tensor that is not a leaf.*": "megatron-core's optimizer asks whether there is one",
 }
 """Warnings of megatron-core 0.16.1 that its user can do nothing about, and why they say nothing."""

@@ -5,7 +5,7 @@
   x.cuda() x.cpu(), "torch.cuda.FloatTensor" "torch.FloatTensor"). torch.cpu is torch's own twin of torch.cuda; what it
   lacks raises AttributeError when called, so that nothing becomes a silent no-op.
 - REPLACED: functions whose CUDA way has no CPU twin, or that gloo cannot carry; ours are in megatron_cpu_bodies.py.
-- MISSING: names that megatron-core reads and defines only where Transformer Engine is.
+- MISSING: names that megatron-core reads and defines, or defines rightly, only where Transformer Engine is.
 
 Functions are changed in place (``__code__``), because modules hold copies of each other's functions; torch itself is
 never touched. ``install`` refuses another megatron-core, a machine with CUDA, and any entry that does not fit.
@@ -50,14 +50,18 @@ class Replace:
     reason: str
 
 
+UNDEFINED = object()
+
+
 @dataclass(frozen=True)
 class Missing:
-    """A name that a module of megatron.core reads and does not define (checked)."""
+    """A name that a module of megatron.core reads and does not define, or defines as ``found`` (checked)."""
 
     module: str
     name: str
     value: Any
     reason: str
+    found: Any = UNDEFINED
 
 
 _ALLOCATES = "allocates on torch.cuda.current_device()"
@@ -108,6 +112,11 @@ RETARGETED: tuple[Retarget, ...] = (
     Retarget(
         "models.common.embeddings.rotary_pos_embedding",
         ("RotaryEmbedding.__init__", "RotaryEmbedding.get_emb", "MultimodalRotaryEmbedding.__init__"),
+        _ALLOCATES,
+    ),
+    Retarget(
+        "models.common.embeddings.yarn_rotary_pos_embedding",
+        ("YarnRotaryEmbedding.__init__", "YarnRotaryEmbedding.get_emb"),
         _ALLOCATES,
     ),
     Retarget(
@@ -247,6 +256,13 @@ MISSING: tuple[Missing, ...] = (
         None,
         "upstream bug: a NameError in every MoE router where Transformer Engine is absent",
     ),
+    Missing(
+        "transformer.multi_latent_attention",
+        "HAVE_TE",
+        False,
+        "upstream bug: true where Transformer Engine is absent, and an isinstance of a mock follows",
+        found=True,
+    ),
 )
 
 _installed = False
@@ -307,8 +323,10 @@ def apply(retargeted: Sequence[Retarget], replaced: Sequence[Replace], missing: 
             if extra := sorted(naming - set(entry.functions)):
                 problems.append(f"{entry.module}: {extra} name CUDA too, and are not in the table")
     for absent in missing:
-        if hasattr(_module(absent.module), absent.name):
-            problems.append(f"{absent.module}:{absent.name} is defined now; drop the entry")
+        found = getattr(_module(absent.module), absent.name, UNDEFINED)
+        if found is not absent.found:
+            now = "defined" if absent.found is UNDEFINED else f"{found!r}"
+            problems.append(f"{absent.module}:{absent.name} is {now} now; drop the entry")
     if problems:
         raise PlatformError("megatron-core is not as the CPU adaptations expect it: " + "; ".join(problems))
     for function, code in new_code:

@@ -41,7 +41,11 @@ def packed_seq_params(cu_seqlens: torch.Tensor) -> PackedSeqParams:
 
 
 class PackedAttention(MegatronModule):
-    """Takes the place of DotProductAttention in a layer spec; causal self-attention without dropout."""
+    """Takes the place of DotProductAttention in a layer spec; causal self-attention without dropout.
+
+    ``k_channels`` and ``v_channels`` are what multi-latent attention tells Transformer Engine's in advance; here they
+    are seen at the tensors.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,8 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -75,10 +81,10 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """``query`` [t, heads, d], ``key`` and ``value`` [t, kv_heads, d] of a packed row (this rank's t tokens of it),
-        or [s, b, heads, d] without ``packed_seq_params``: b sequences of s (local) tokens. Returns [t, 1, heads * d],
-        or [s, b, heads * d]. Raises ValueError for an attention mask (it is causal by itself) and for a row that
-        does not end where its last sequence does."""
+        """``query`` [t, heads, d], ``key`` [t, kv_heads, d] and ``value`` [t, kv_heads, v] of a packed row (this rank's
+        t tokens of it), or [s, b, heads, d] without ``packed_seq_params``: b sequences of s (local) tokens. Returns
+        [t, 1, heads * v], or [s, b, heads * v]. Raises ValueError for an attention mask (it is causal by itself) and
+        for a row that does not end where its last sequence does."""
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("this attention is causal by itself: pass attention_mask=None, and no attention_bias")
         cp_size = self.cp_group.size()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -28,11 +28,14 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from transformers import AutoConfig
 
 from megatron_vespo import platform
 from megatron_vespo.samples.disk import file_digest, free_bytes, require_space
 
 STATE_FILE = "state.json"
+HF_FOLDER = "hf"
+"""Inside a converted checkpoint: all of the HF folder but its weights."""
 _SHAPE = (
     "model_type",
     "vocab_size",
@@ -43,6 +46,11 @@ _SHAPE = (
     "intermediate_size",
     "num_experts",
     "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "q_lora_rank",
+    "kv_lora_rank",
 )
 
 
@@ -56,11 +64,12 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints`` folder."""
-    return max(_complete(checkpoints), key=_step, default=None)
+    return next(reversed(complete(checkpoints)), None)
 
 
-def oldest(checkpoints: Path) -> Path | None:
-    return min(_complete(checkpoints), key=_step, default=None)
+def complete(checkpoints: Path) -> list[Path]:
+    """Those that lack no file and no byte, the oldest first."""
+    return sorted((folder for folder in _named(checkpoints) if _is_complete(folder)), key=_step)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, what interrupted saves left, and what was set aside."""
     leftovers = [path for suffix in ("partial", "damaged") for path in checkpoints.glob(f"step_*.{suffix}")]
-    for folder in [*sorted(_complete(checkpoints), key=_step)[:-keep], *leftovers]:
+    for folder in [*complete(checkpoints)[:-keep], *leftovers]:
         shutil.rmtree(folder)
 
 
@@ -109,10 +118,6 @@ def _named(checkpoints: Path) -> list[Path]:
     return [path for path in checkpoints.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
 
 
-def _complete(checkpoints: Path) -> list[Path]:
-    return [folder for folder in _named(checkpoints) if _is_complete(folder)]
-
-
 def _is_complete(folder: Path) -> bool:
     try:
         files = _read(folder).get("files", {})
@@ -127,13 +132,26 @@ def _step(folder: Path) -> int:
 
 def check_same_model(folder: Path, hf_config: Any) -> None:
     """Raises :class:`CheckpointError` when the checkpoint is of a model of another shape."""
-    saved, ours = _read(folder)["model"], _shape(hf_config)
+    mend = "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
+    _compare(folder, _read(folder)["model"], hf_config, mend)
+
+
+def _compare(folder: Path, saved: dict[str, Any], hf_config: Any, mend: str) -> None:
+    ours = _shape(hf_config)
     differing = [f"{key} is {saved.get(key)} there and {ours[key]} here" for key in ours if saved.get(key) != ours[key]]
     if differing:
-        raise CheckpointError(
-            f"{folder}: a checkpoint of another model: {'; '.join(differing)}. "
-            "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
-        )
+        raise CheckpointError(f"{folder}: a checkpoint of another model: {'; '.join(differing)}. {mend}")
+
+
+def check_weights(folder: Path, hf_config: Any) -> None:
+    """Raises :class:`CheckpointError` for a distributed checkpoint of a model of another shape."""
+    if (folder / STATE_FILE).is_file():
+        saved = _read(folder)["model"]
+    elif (folder / HF_FOLDER / "config.json").is_file():
+        saved = _shape(AutoConfig.from_pretrained(folder / HF_FOLDER))
+    else:
+        return  # of someone else's making: loading it will tell
+    _compare(folder, saved, hf_config, "Set model.path to the HF folder of that model.")
 
 
 def save_checkpoint(
@@ -218,8 +236,38 @@ def load_checkpoint(
     scheduler.load_state_dict(loaded["scheduler"])
 
 
+def load_weights(folder: Path, models: Sequence[GPTModel]) -> None:
+    """Collective. Fills the parameters and buffers of ``models``, this rank's chunks, converted to their dtypes, from a
+    distributed checkpoint with or without an optimizer's state, saved under any layout or converted."""
+    # What layers keep beside tensors (of fp8 recipes) depends on the layer spec, and weights do not need it.
+    state = {
+        f"model{i}": {k: v for k, v in sharded_weights(model).items() if not isinstance(v, ShardedObject)}
+        for i, model in enumerate(models)
+    }
+    loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+    for i, model in enumerate(models):
+        missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
+        wrong = [name for name in missing if not name.endswith("_extra_state")] + unexpected
+        if wrong:
+            raise CheckpointError(f"{folder}: does not fill {wrong}")
+
+
 def _shape(hf_config: Any) -> dict[str, Any]:
     return {key: getattr(hf_config, key, None) for key in _SHAPE}
+
+
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
+    """Names of a model chunk's parameters and buffers -> where they lie in a checkpoint, in megatron-core's terms."""
+    return model.sharded_state_dict(metadata=_metadata())
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
 
 
 def _sharded_state(
@@ -229,13 +277,8 @@ def _sharded_state(
     *,
     loading: bool,
 ) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    parts = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
+    metadata = _metadata()
+    parts = {f"model{i}": sharded_weights(model) for i, model in enumerate(models)}
     # Layer numbers are global in the keys, so one flat state serves the optimizer whatever the chunks are.
     flat = parts["model0"] if len(models) == 1 else parts
     return {

@@ -1,12 +1,12 @@
 """From a Hugging Face config to megatron-core's GPTModel, for one parallel layout.
 
-``transformer_config`` translates the architecture, ``build_model`` builds this rank's part of it (weights random; the
-``weights`` room loads them). Supported families: see FAMILIES.
+``transformer_config`` translates the architecture (which ones: policy/architecture.py), ``build_model`` builds this
+rank's part of it (weights random; the ``weights`` room loads them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,32 +14,39 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
+from megatron_vespo.policy.architecture import (
+    LATENT_NORM_EPS,
+    check_architecture,
+    check_layout,
+    expert_width,
+    has_latent_attention,
+    has_sigmoid_router,
+    head_dim,
+    kv_heads,
+    limits_groups,
+    moe_layers,
+    num_experts,
+    shared_expert_width,
+)
 from megatron_vespo.policy.attention import PackedAttention
 from megatron_vespo.policy.layout import ParallelLayout
-from megatron_vespo.policy.norm import Norm
+from megatron_vespo.policy.norm import LatentNorm, Norm
+from megatron_vespo.policy.rotary import LatentRotary, scaled_inv_freq
 from megatron_vespo.policy.router import LossRouter
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"add_qkv_bias": True},
-    "qwen3": {"qk_layernorm": True},
-    "qwen3_moe": {"qk_layernorm": True},
-    "mixtral": {},
-}
-"""``model_type`` of a Hugging Face config, and what sets it apart as a TransformerConfig."""
 
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden states of all of this rank's tokens [T, H], its shard of the output weight [V/tp, H]) -> any tensor."""
@@ -96,17 +103,21 @@ def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: 
     """
     check_architecture(hf_config)
     check_layout(hf_config, layout)
-    experts = num_experts(hf_config)
     spec = layer_spec_kind(model)
     fused = spec == "transformer_engine"
+    if fused and has_latent_attention(hf_config) and hf_config.rms_norm_eps != LATENT_NORM_EPS:
+        raise ValueError(
+            f"config.json: rms_norm_eps = {hf_config.rms_norm_eps}, but the norms inside {hf_config.model_type}'s "
+            f"attention have {LATENT_NORM_EPS}, and Transformer Engine's layers one for all; set model.layer_spec=local"
+        )
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
     settings: dict[str, Any] = dict(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         ffn_hidden_size=hf_config.intermediate_size,
         num_attention_heads=hf_config.num_attention_heads,
-        num_query_groups=_kv_heads(hf_config),
-        kv_channels=_head_dim(hf_config),
+        num_query_groups=kv_heads(hf_config),
+        kv_channels=head_dim(hf_config),
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
         gated_linear_unit=True,
@@ -115,7 +126,7 @@ def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: 
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=hf_config.initializer_range,
-        **FAMILIES[hf_config.model_type],
+        **_attention_settings(hf_config),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
@@ -137,30 +148,72 @@ def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: 
         batch_p2p_comm=layout.virtual_pipeline is None,
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         calculate_per_token_loss=True,
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and not has_latent_attention(hf_config),  # policy/rotary.py takes its place
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         gradient_accumulation_fusion=platform.current().fused_gradient_accumulation,
         transformer_impl=spec,
     )
-    if experts:
-        settings.update(
-            num_moe_experts=experts,
-            moe_layer_freq=moe_layers(hf_config),
-            moe_ffn_hidden_size=_expert_width(hf_config),
-            moe_router_topk=hf_config.num_experts_per_tok,
-            # Softmax over all experts and then the top k, renormalised, is the softmax over the top k.
-            moe_router_pre_softmax=not getattr(hf_config, "norm_topk_prob", True),
-            moe_router_dtype=model.router_dtype,
-            moe_router_load_balancing_type="none",
-            moe_aux_loss_coeff=0.0,
-            moe_token_dropping=False,
-            moe_grouped_gemm=fused,
-            moe_permute_fusion=fused,
-        )
+    if num_experts(hf_config):
+        settings |= _moe_settings(hf_config, model, fused=fused)
     if model.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    return TransformerConfig(**settings)
+    kind = MLATransformerConfig if has_latent_attention(hf_config) else TransformerConfig
+    return kind(**settings)
+
+
+def _attention_settings(hf_config: PreTrainedConfig) -> dict[str, Any]:
+    """What sets a family's attention apart."""
+    if has_latent_attention(hf_config):
+        rope = hf_config.rope_parameters
+        return dict(
+            q_lora_rank=hf_config.q_lora_rank,
+            kv_lora_rank=hf_config.kv_lora_rank,
+            qk_head_dim=hf_config.qk_nope_head_dim,
+            qk_pos_emb_head_dim=hf_config.qk_rope_head_dim,
+            v_head_dim=hf_config.v_head_dim,
+            qk_layernorm=True,
+            # Of these, the scale of the softmax alone is computed; the rest of YaRN is policy/rotary.py's.
+            rope_type="yarn",
+            rotary_scaling_factor=rope.get("factor", 1.0),
+            mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
+        )
+    if hf_config.model_type == "glm4_moe":
+        return dict(add_qkv_bias=hf_config.attention_bias, qk_layernorm=hf_config.use_qk_norm)
+    return dict(
+        add_qkv_bias=hf_config.model_type == "qwen2", qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe")
+    )
+
+
+def _moe_settings(hf_config: PreTrainedConfig, model: ModelConfig, *, fused: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = dict(
+        num_moe_experts=num_experts(hf_config),
+        moe_layer_freq=moe_layers(hf_config),
+        moe_ffn_hidden_size=expert_width(hf_config),
+        moe_shared_expert_intermediate_size=shared_expert_width(hf_config) or None,
+        moe_router_topk=hf_config.num_experts_per_tok,
+        moe_router_dtype=model.router_dtype,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dropping=False,
+        moe_grouped_gemm=fused,
+        moe_permute_fusion=fused,
+    )
+    if has_sigmoid_router(hf_config):
+        settings |= dict(
+            moe_router_score_function="sigmoid",
+            moe_router_topk_scaling_factor=hf_config.routed_scaling_factor,
+            # The biases stay as the checkpoint has them: they balance pretraining's load, and an RL batch is no
+            # sample of that. megatron-core would move them by this rate at each update.
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=0.0,
+        )
+        if limits_groups(hf_config):
+            settings |= dict(moe_router_num_groups=hf_config.n_group, moe_router_group_topk=hf_config.topk_group)
+    else:
+        # Softmax over all experts and then the top k, renormalised, is the softmax over the top k.
+        settings["moe_router_pre_softmax"] = not getattr(hf_config, "norm_topk_prob", True)
+    return settings
 
 
 def build_model(hf_config: PreTrainedConfig, model: ModelConfig, layout: ParallelLayout) -> list[PolicyModel]:
@@ -183,12 +236,11 @@ def build_model(hf_config: PreTrainedConfig, model: ModelConfig, layout: Paralle
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=hf_config.rope_parameters["rope_theta"],
+            rotary_percent=hf_config.rope_parameters.get("partial_rotary_factor", 1.0),
             parallel_output=True,
             vp_stage=vp_stage,
         )
-        if (inv_freq := _scaled_inv_freq(hf_config)) is not None:
-            # megatron-core knows the scaling of Llama 3 with two of its parameters fixed; this is the checkpoint's own.
-            chunk.rotary_pos_emb.inv_freq = inv_freq.to(chunk.rotary_pos_emb.inv_freq.device)
+        _scale_rotary(chunk, hf_config)
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
                 # megatron-core marks experts so only where expert > 1. Unmarked, their gradients are reduced over the
@@ -197,17 +249,6 @@ def build_model(hf_config: PreTrainedConfig, model: ModelConfig, layout: Paralle
                 parameter.allreduce = False
         chunks.append(chunk.to(platform.current().device))
     return chunks
-
-
-def num_experts(hf_config: PreTrainedConfig) -> int:
-    """Routed experts of an MoE layer; 0 for a dense model."""
-    return getattr(hf_config, "num_experts", None) or 0
-
-
-def moe_layers(hf_config: PreTrainedConfig) -> list[int]:
-    """[layers]: 1 where a layer is an MoE layer."""
-    step, dense = getattr(hf_config, "decoder_sparse_step", 1), getattr(hf_config, "mlp_only_layers", None) or ()
-    return [int(i not in dense and (i + 1) % step == 0) for i in range(hf_config.num_hidden_layers)]
 
 
 def layer_spec_kind(model: ModelConfig) -> platform.LayerSpecKind:
@@ -226,61 +267,6 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
-def check_architecture(hf_config: PreTrainedConfig) -> None:
-    """Raises ValueError naming the field of config.json that this project cannot translate."""
-    if hf_config.model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type {hf_config.model_type!r} is not one of {sorted(FAMILIES)}")
-    unsupported = {
-        "hidden_act": getattr(hf_config, "hidden_act", "silu") != "silu",
-        "attention_bias": bool(getattr(hf_config, "attention_bias", False)),
-        "mlp_bias": bool(getattr(hf_config, "mlp_bias", False)),
-        "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
-        "attention_dropout": bool(getattr(hf_config, "attention_dropout", 0)),
-        "rope_parameters": hf_config.rope_parameters["rope_type"] not in ("default", "linear", "llama3"),
-    }
-    for field, wrong in unsupported.items():
-        if wrong:
-            raise ValueError(f"config.json: {field} = {getattr(hf_config, field)!r} is not supported")
-
-
-def check_layout(hf_config: PreTrainedConfig, layout: ParallelLayout) -> None:
-    """Raises ValueError naming the field of ``parallel`` that does not divide the model, the model's field and values.
-
-    Plain arithmetic: it needs neither ranks nor weights.
-    """
-    for field, size, what, number in _divisions(hf_config, layout):
-        if number % size:
-            divisors = [d for d in range(1, number + 1) if number % d == 0]
-            raise ValueError(f"{field} = {size} does not divide the model's {what} = {number} (what does: {divisors})")
-
-
-def check_router_losses(hf_config: PreTrainedConfig, model: ModelConfig) -> None:
-    """Raises ValueError where ``model`` asks for a router's loss and there is no router."""
-    for field in ("router_z_loss", "router_balance_loss"):
-        if getattr(model, field) and not num_experts(hf_config):
-            raise ValueError(
-                f"model.{field} = {getattr(model, field)}, but the model ({hf_config.model_type}) has no experts; "
-                "set it to 0"
-            )
-
-
-def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[tuple[str, int, str, int]]:
-    """(parallel field, its size, the model's field, its number): each size must divide its number."""
-    experts = num_experts(hf_config)
-    yield "parallel.tensor", layout.tensor, "num_attention_heads", hf_config.num_attention_heads
-    yield "parallel.tensor", layout.tensor, "num_key_value_heads", _kv_heads(hf_config)
-    if not experts or not all(moe_layers(hf_config)):
-        yield "parallel.tensor", layout.tensor, "intermediate_size", hf_config.intermediate_size
-    if experts:
-        yield "parallel.expert", layout.expert, "num_experts", experts
-        yield "parallel.expert_tensor", layout.expert_tensor, "moe_intermediate_size", _expert_width(hf_config)
-    yield "parallel.pipeline", layout.pipeline, "num_hidden_layers", hf_config.num_hidden_layers
-    if layout.virtual_pipeline is not None:
-        stages = layout.pipeline * layout.virtual_pipeline
-        field = "parallel.pipeline x parallel.virtual_pipeline"
-        yield field, stages, "num_hidden_layers", hf_config.num_hidden_layers
-
-
 def _block_spec(config: TransformerConfig, vp_stage: int | None, *, router_losses: bool) -> TransformerBlockSubmodules:
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
@@ -294,26 +280,32 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None, *, router_losse
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         attention: ModuleSpec = layer.submodules.self_attention
         attention.submodules.core_attention = PackedAttention
-        if config.qk_layernorm:
+        if config.multi_latent_attention:
+            _replicate_down_projections(attention.submodules)
+        elif config.qk_layernorm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = Norm
     block.layer_norm = Norm
     return block
 
 
-def _scaled_inv_freq(hf_config: PreTrainedConfig) -> torch.Tensor | None:
-    """[head_dim / 2] float32: rotary frequencies of a checkpoint that scales them, by transformers' own formula."""
-    rope_type = hf_config.rope_parameters["rope_type"]
-    return None if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))[0]
+def _replicate_down_projections(attention: MLASelfAttentionSubmodules) -> None:
+    """As Transformer Engine's spec has them. The local spec cuts them over the tensor-parallel ranks and gathers what
+    they give by a function whose backward does not sum over the ranks' heads: the gradient of the keys' rotary part,
+    which all heads share, would lack those of the other ranks."""
+    attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    attention.q_layernorm = attention.kv_layernorm = LatentNorm
 
 
-def _expert_width(hf_config: PreTrainedConfig) -> int:
-    """Intermediate size of one expert; Mixtral has one name for it and for a dense layer's."""
-    return getattr(hf_config, "moe_intermediate_size", None) or hf_config.intermediate_size
-
-
-def _kv_heads(hf_config: PreTrainedConfig) -> int:
-    return getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
-
-
-def _head_dim(hf_config: PreTrainedConfig) -> int:
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+def _scale_rotary(chunk: PolicyModel, hf_config: PreTrainedConfig) -> None:
+    """megatron-core knows Llama 3's scaling with two of its parameters fixed, and YaRN's with other factors in some
+    cases; these are the checkpoint's own."""
+    scaled = scaled_inv_freq(hf_config)
+    if has_latent_attention(hf_config):
+        base = hf_config.rope_parameters["rope_theta"]
+        for layer in chunk.decoder.layers:
+            attention = layer.self_attention
+            groups = attention.pg_collection
+            attention.rotary_pos_emb = LatentRotary(hf_config.qk_rope_head_dim, base, scaled, groups.cp)
+    elif scaled is not None:
+        inv_freq, _ = scaled  # the factor is YaRN's
+        chunk.rotary_pos_emb.inv_freq = inv_freq.to(chunk.rotary_pos_emb.inv_freq.device)

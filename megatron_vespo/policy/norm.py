@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vespo import platform
+from megatron_vespo.policy.architecture import LATENT_NORM_EPS
 
 
 class Norm:
@@ -39,3 +40,12 @@ class Norm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+class LatentNorm:
+    """Norm of a latent projection of multi-latent attention; transformers' has an ``eps`` of its own."""
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, **_: Any
+    ) -> torch.nn.Module:
+        return Norm(config, hidden_size, LATENT_NORM_EPS)

@@ -1,8 +1,8 @@
 """Routing replay: the routers send tokens where an earlier pass sent them (docs/routing_replay.md).
 
 R2 replays the routing of the trainer's own old-log-prob pass in the update, R3 the engine's in both passes (arXiv
-2510.11370). Only *which* experts, and in which slot, is replayed: how much each counts is the softmax of the router's
-live logits, so that the router still has a gradient.
+2510.11370). Only *which* experts, and in which slot, is replayed: how much each counts follows from the router's live
+logits, so that the router still has a gradient.
 
 A routing belongs to a micro-batch and travels with it, on the packed-sequence parameters that every layer is called
 with, in every schedule and when a layer is recomputed. megatron-core's own RouterReplay keeps lists that all models of
@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 
 from megatron_vespo import platform
 from megatron_vespo.policy import layout
-from megatron_vespo.policy.model import PolicyModel, moe_layers, num_experts
+from megatron_vespo.policy.architecture import moe_layers, num_experts
+from megatron_vespo.policy.model import PolicyModel
 from megatron_vespo.samples.records import RoutingShape, Sample
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -21,9 +21,10 @@ from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy.architecture import num_experts
 from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
-from megatron_vespo.policy.model import build_model, num_experts
+from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
 from megatron_vespo.policy.past_weights import PastWeights
@@ -70,7 +71,10 @@ class PolicyTrainer:
         self.layout = ParallelLayout.from_config(config.parallel, dist.get_world_size(), num_experts(self.hf_config))
         layout.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
-        load_hf(self.models, config.model.path)
+        if config.model.weights is None:
+            load_hf(self.models, config.model.path)
+        else:
+            checkpoint.load_weights(config.model.weights, self.models)
         mode = config.model.routing_replay
         self.routing_replay = None if mode == "none" else RoutingReplay(mode, self.models, self.hf_config)
         sharded = config.parallel.distributed_optimizer

@@ -1,7 +1,7 @@
 """What became of every prompt and sample of a run, counted from its ledger: asked = trained + dropped + open.
 
 Reads beside a run that goes on as well as after one that died. What is counted is also doubted: :func:`account` looks
-for whatever would make the sum a lie, such as a group with a sample too few, or two samples in one place of an update.
+for whatever would make the sum a lie, such as a group that lacks a sample or a place of a mini-batch with two.
 """
 
 from __future__ import annotations

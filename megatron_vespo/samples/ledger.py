@@ -57,6 +57,9 @@ from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.rollback import Rollback, undo
 from megatron_vespo.samples.store import StoreError, read_batch, write_batch
 
+LOG_PAGES = 8192
+"""32 MiB of log."""
+
 
 class LedgerError(RuntimeError):
     """A transition that may not be, or a ledger that cannot be used. The message names the sample and both states."""
@@ -100,6 +103,8 @@ class Ledger:
         self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
+        # Taking the log back into the file costs an fsync of both: not every 4 MB, as by default.
+        self._db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
         self._db.executescript(SCHEMA)
         self._adopted = self._last("groups")
         """Groups up to this one were asked before this process, or before its last rollback."""
@@ -124,28 +129,33 @@ class Ledger:
         up as it stands (:meth:`recall` gives what there is of it); one that was asked already is an error."""
         names = [f"{batch}/{prompt.id}" for prompt in prompts]
         with self._transaction():
+            group, first = self._last("groups") + 1, self._last("samples") + 1
+            new: list[tuple[Any, ...]] = []
             for name, prompt in zip(names, prompts, strict=True):
-                found = self._db.execute(
-                    "SELECT id, size FROM groups WHERE name = ? AND NOT replaced", (name,)
-                ).fetchone()
-                if found is None:
-                    self._insert(name, prompt.id, size, step)
-                elif found[0] > self._adopted:
-                    raise LedgerError(f"prompt group {name}: was asked already")
-                elif found[1] != size:
-                    raise LedgerError(f"prompt group {name}: was asked for {found[1]} responses, and now for {size}")
+                if not self._asked_before(name, size):
+                    new.append((group + len(new), name, prompt.id, step, first + len(new) * size, size))
+            try:
+                self._db.executemany(
+                    "INSERT INTO groups (id, name, prompt, step, first, size) VALUES (?, ?, ?, ?, ?, ?)", new
+                )
+            except sqlite3.IntegrityError:
+                twice = next(name for name in names if names.count(name) > 1)
+                raise LedgerError(f"prompt group {twice}: is asked twice") from None
+            self._db.executemany(
+                "INSERT INTO samples (id, prompt_group, state) VALUES (?, ?, 'asked')",
+                [(row[4] + i, row[0]) for row in new for i in range(size)],
+            )
         return names
 
-    def _insert(self, name: str, prompt: str, size: int, step: int) -> None:
-        first = self._last("samples") + 1
-        group = self._db.execute(
-            "INSERT INTO groups (name, prompt, step, first, size) VALUES (?, ?, ?, ?, ?)",
-            (name, prompt, step, first, size),
-        ).lastrowid
-        self._db.executemany(
-            "INSERT INTO samples (id, prompt_group, state) VALUES (?, ?, 'asked')",
-            [(first + i, group) for i in range(size)],
-        )
+    def _asked_before(self, name: str, size: int) -> bool:
+        found = self._db.execute("SELECT id, size FROM groups WHERE name = ? AND NOT replaced", (name,)).fetchone()
+        if found is None:
+            return False
+        if found[0] > self._adopted:
+            raise LedgerError(f"prompt group {name}: was asked already")
+        if found[1] != size:
+            raise LedgerError(f"prompt group {name}: was asked for {found[1]} responses, and now for {size}")
+        return True
 
     def discard(self, names: Sequence[str], reason: str, version: int) -> None:
         """Groups of an earlier process that are of no use to this one: what is not final of them is dropped, and they

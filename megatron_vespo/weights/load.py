@@ -7,8 +7,9 @@ they refuse a checkpoint together and before anything is changed; then each read
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from megatron_vespo.weights.mapping import EMBEDDING, IGNORED_HF_TENSORS, OUTPUT, Shape, WeightsError, family
+from megatron_vespo.weights.mapping import (
+    EMBEDDING,
+    IGNORED_HF_TENSORS,
+    OUTPUT,
+    Shape,
+    WeightsError,
+    family,
+    is_multi_token_prediction,
+)
 from megatron_vespo.weights.parameters import LocatedParameter, locate_parameters, unwrap
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,12 +69,14 @@ def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
 
     Collective over all ranks. ``models``: this rank's chunks, one a virtual pipeline stage, wrapped or not; an
     optimizer that keeps copies of the parameters is built afterwards (or told to reload them). Vocabulary padding
-    becomes 0. Raises WeightsError, on every rank the same, before anything is changed: a tensor that is missing, that
-    has another shape or a dtype that is not floating point, or that no parameter takes.
+    becomes 0. Layers for multi-token prediction are not loaded, and rank 0 logs it. Raises WeightsError, on every rank
+    the same, before anything is changed: a tensor that is missing, that has another shape or a dtype that is not
+    floating point, or that no parameter takes.
     """
     hf_config = AutoConfig.from_pretrained(folder)
     parameters = locate_parameters(models, hf_config)
     checkpoint = _Checkpoint(folder)
+    _leave_out_multi_token_prediction(checkpoint, hf_config)
     plan: dict[Path, list[_Copy]] = defaultdict(list)
     problems: list[str] = []
     for parameter in parameters:
@@ -84,6 +95,29 @@ def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
         with _open(file) as handle:
             for copy in copies:
                 copy.target.copy_(handle.get_slice(copy.source)[copy.cut])
+
+
+def stream_hf(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of an HF folder, file by file. Raises WeightsError."""
+    files = _tensor_files(folder)
+    for file in sorted(set(files.values())):
+        with _open(file) as handle:
+            for name in sorted(name for name, place in files.items() if place == file):
+                yield name, handle.get_tensor(name)
+
+
+def _leave_out_multi_token_prediction(checkpoint: _Checkpoint, hf_config: PreTrainedConfig) -> None:
+    predicting = getattr(hf_config, "num_nextn_predict_layers", None) or 0
+    layers = hf_config.num_hidden_layers
+    left_out = [name for name in checkpoint.files if is_multi_token_prediction(name, layers, predicting)]
+    for name in left_out:
+        del checkpoint.files[name]
+    if left_out and dist.get_rank() == 0:
+        logging.getLogger(__name__).warning(
+            "%s: %d tensors of the %d layers for multi-token prediction (from model.layers.%d on) are not loaded, "
+            "and exports will not hold them",
+            *(checkpoint.folder, len(left_out), predicting, layers),
+        )
 
 
 def _plan(parameter: LocatedParameter, checkpoint: _Checkpoint, plan: dict[Path, list[_Copy]]) -> list[str]:

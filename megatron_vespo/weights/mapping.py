@@ -1,9 +1,9 @@
 """Which Hugging Face tensors make up each Megatron parameter: one table a model family, and the layouts they use.
 
-A table maps the name of a Megatron parameter (local layer spec, ``{layer}`` and ``{expert}`` counted over the whole
-model) to the HF tensors it holds and to how they are laid out in it. A layout is given once, as the pieces of HF
-tensors that a tensor-parallel rank holds, one after another; loading and exporting both follow those pieces, so that
-one undoes the other by construction. Nothing here knows megatron-core or reads a file.
+A table maps the name of a Megatron parameter or persistent buffer (local layer spec, ``{layer}`` and ``{expert}``
+counted over the whole model) to the HF tensors it holds and to how they are laid out in it. A layout is given once, as
+the pieces of HF tensors that a tensor-parallel rank holds, one after another; loading and exporting both follow those
+pieces, so that one undoes the other by construction. Nothing here knows megatron-core or reads a file.
 """
 
 from __future__ import annotations
@@ -181,44 +181,71 @@ def _experts(prefix: str, router: str, gate: str, up: str, down: str) -> Table:
     }
 
 
+def _gated_mlp(megatron: str, hf: str) -> Table:
+    return {
+        **_layer(f"{megatron}.linear_fc1.weight", Gated(), f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+        **_layer(f"{megatron}.linear_fc2.weight", Split(1), f"{hf}.down_proj.weight"),
+    }
+
+
 _QKV = ("linear_qkv", QueryKeyValue(), ("q_proj", "k_proj", "v_proj"))
 _QKV_BIAS = _self_attention("bias", _QKV)
 _QK_NORM = _self_attention(
     "weight", ("q_layernorm", Replicated(), ("q_norm",)), ("k_layernorm", Replicated(), ("k_norm",))
 )
-_MLP = {
-    **_layer("mlp.linear_fc1.weight", Gated(), "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    **_layer("mlp.linear_fc2.weight", Split(1), "mlp.down_proj.weight"),
-}
-_TRANSFORMER: Table = {
+# With and without q_lora_rank: the table holds both kinds.
+_LATENT_ATTENTION = _self_attention(
+    "weight",
+    ("linear_q_proj", Split(0), ("q_proj",)),
+    ("linear_q_down_proj", Replicated(), ("q_a_proj",)),
+    ("q_layernorm", Replicated(), ("q_a_layernorm",)),
+    ("linear_q_up_proj", Split(0), ("q_b_proj",)),
+    ("linear_kv_down_proj", Replicated(), ("kv_a_proj_with_mqa",)),
+    ("kv_layernorm", Replicated(), ("kv_a_layernorm",)),
+    ("linear_kv_up_proj", Split(0), ("kv_b_proj",)),
+)
+_MLP = _gated_mlp("mlp", "mlp")
+_EXPERTS = _experts("mlp", router="gate", gate="gate_proj", up="up_proj", down="down_proj")
+_SHARED_EXPERTS = _gated_mlp("mlp.shared_experts", "mlp.shared_experts")
+_EXPERT_BIAS = _layer("mlp.router.expert_bias", Replicated(), "mlp.gate.e_score_correction_bias")
+_COMMON: Table = {
     EMBEDDING: Rule(Vocabulary(), ("model.embed_tokens.weight",)),
     **_layer("input_layernorm.weight", Replicated(), "input_layernorm.weight"),
-    **_self_attention("weight", _QKV, ("linear_proj", Split(1), ("o_proj",))),
+    **_self_attention("weight", ("linear_proj", Split(1), ("o_proj",))),
     **_layer("pre_mlp_layernorm.weight", Replicated(), "post_attention_layernorm.weight"),
     "decoder.final_layernorm.weight": Rule(Replicated(), ("model.norm.weight",)),
     OUTPUT: Rule(Vocabulary(), ("lm_head.weight",)),
 }
+
+_TRANSFORMER = {**_COMMON, **_self_attention("weight", _QKV)}
 
 FAMILIES: dict[str, Table] = {
     "llama": {**_TRANSFORMER, **_MLP},
     "qwen2": {**_TRANSFORMER, **_QKV_BIAS, **_MLP},
     "qwen3": {**_TRANSFORMER, **_QK_NORM, **_MLP},
     # Dense and MoE layers may alternate: the table holds both kinds.
-    "qwen3_moe": {
-        **_TRANSFORMER,
-        **_QK_NORM,
-        **_MLP,
-        **_experts("mlp", router="gate", gate="gate_proj", up="up_proj", down="down_proj"),
-    },
+    "qwen3_moe": {**_TRANSFORMER, **_QK_NORM, **_MLP, **_EXPERTS},
     "mixtral": {
         **_TRANSFORMER,
         **_experts("block_sparse_moe", router="gate", gate="w1", up="w3", down="w2"),
+    },
+    "deepseek_v3": {**_COMMON, **_LATENT_ATTENTION, **_MLP, **_EXPERTS, **_EXPERT_BIAS, **_SHARED_EXPERTS},
+    "glm4_moe": {
+        **_TRANSFORMER,
+        **_QKV_BIAS,
+        **_QK_NORM,
+        **_MLP,
+        **_EXPERTS,
+        **_EXPERT_BIAS,
+        **_SHARED_EXPERTS,
     },
 }
 """``model_type`` of config.json -> its table."""
 
 TRANSFORMER_ENGINE_NAMES = {
     _LAYER + "self_attention.linear_qkv.layer_norm_weight": _LAYER + "input_layernorm.weight",
+    _LAYER + "self_attention.linear_q_up_proj.layer_norm_weight": _LAYER + "self_attention.q_layernorm.weight",
+    _LAYER + "self_attention.linear_kv_up_proj.layer_norm_weight": _LAYER + "self_attention.kv_layernorm.weight",
     _LAYER + "mlp.linear_fc1.layer_norm_weight": _LAYER + "pre_mlp_layernorm.weight",
     **{
         _LAYER + f"mlp.experts.linear_fc{i}.weight{{expert}}": _LAYER
@@ -231,6 +258,7 @@ TRANSFORMER_ENGINE_NAMES = {
 IGNORED_HF_TENSORS = re.compile(r".*\.rotary_emb\.inv_freq")
 """Old checkpoints hold these; they follow from config.json."""
 
+_HF_LAYER_NUMBER = re.compile(r"^model\.layers\.(\d+)\.")
 _LAYER_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
 _EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 
@@ -242,6 +270,14 @@ def family(model_type: str) -> Table:
             f"config.json: model_type {model_type!r} has no weight mapping; there is one for {sorted(FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+def is_multi_token_prediction(name: str, layers: int, predicting: int) -> bool:
+    """Whether an HF tensor belongs to the layers that released checkpoints of DeepSeek-V3 and GLM-4.5 hold for
+    multi-token prediction: ``predicting`` (``num_nextn_predict_layers``) of them, numbered after the model's
+    ``layers``. Neither transformers nor this project computes them; they are left out, and that is said."""
+    layer = _HF_LAYER_NUMBER.match(name)
+    return layer is not None and layers <= int(layer[1]) < layers + predicting
 
 
 def template(name: str) -> tuple[str, int | None, int | None]:

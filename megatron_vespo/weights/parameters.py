@@ -1,8 +1,12 @@
-"""The parameters of a live Megatron model, each with its place in the whole model and in the HF checkpoint."""
+"""The parameters of a live Megatron model, each with its place in the whole model and in the HF checkpoint.
+
+Buffers that a checkpoint of Megatron's would hold count as parameters here: the routers' expert biases.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +94,7 @@ def locate_parameters(models: Sequence[torch.nn.Module], hf_config: PreTrainedCo
     located, unknown = [], []
     for wrapped in models:
         model = unwrap(wrapped)
-        for name, parameter in model.named_parameters():
+        for name, parameter in itertools.chain(model.named_parameters(), _persistent_buffers(model)):
             key, layer, expert = template(name)
             tied_copy = key == OUTPUT and model.share_embeddings_and_output_weights
             rule = table.get(EMBEDDING if tied_copy else key)
@@ -110,6 +114,13 @@ def locate_parameters(models: Sequence[torch.nn.Module], hf_config: PreTrainedCo
     for located_parameter in located:
         _check_shard(located_parameter)
     return located
+
+
+def _persistent_buffers(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def _shard_group(rule: Rule, *, of_expert: bool) -> dist.ProcessGroup | None:

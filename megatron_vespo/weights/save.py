@@ -14,7 +14,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_vespo.weights.checksum import ALGORITHM, checksum
+from megatron_vespo.weights.fp8 import BLOCK, SCALE_SUFFIX
 from megatron_vespo.weights.load import INDEX_FILE
+from megatron_vespo.weights.mapping import is_multi_token_prediction
 
 CHECKSUM_FILE = "checksums.json"
 _CARRIED_OVER = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*")
@@ -51,10 +53,10 @@ def save_hf_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _carry_over(source_folder, partial)
+        carry_over(source_folder, partial)
         manifest = _write_shards(tensors, partial, max_shard_bytes)
-        _set_dtype(partial / "config.json", manifest)
-        _write_json(partial / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": manifest})
+        fit_config(partial / "config.json", manifest)
+        write_json(partial / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": manifest})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -105,24 +107,47 @@ def _write_shards(
         entry["file"] = names[entry["file"]]
     if len(shards) > 1:
         weight_map = {name: entry["file"] for name, entry in manifest.items()}
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return manifest
 
 
-def _carry_over(source: Path, folder: Path) -> None:
+def carry_over(source: Path, folder: Path) -> None:
+    """Copy everything of an HF folder but its weights."""
     for pattern in _CARRIED_OVER:
         for file in source.glob(pattern):
             if file.name not in (CHECKSUM_FILE, INDEX_FILE):
                 shutil.copyfile(file, folder / file.name)
 
 
-def _set_dtype(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names."""
+def fit_config(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names; and say
+    which are fp8 blocks, if any are. Nor may it promise layers for multi-token prediction where there are none: an
+    engine may look for them."""
     config = json.loads(config_file.read_text())
-    dtype = Counter(entry["dtype"] for entry in manifest.values()).most_common(1)[0][0]
+    rounded = {name for name in manifest if name + SCALE_SUFFIX in manifest}
+    plain = {
+        name: entry
+        for name, entry in manifest.items()
+        if name not in rounded and name.removesuffix(SCALE_SUFFIX) not in rounded
+    }
+    dtype = Counter(entry["dtype"] for entry in plain.values()).most_common(1)[0][0]
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    _write_json(config_file, config)
+    config.pop("quantization_config", None)
+    if rounded:
+        whole = [name for name, entry in plain.items() if name.endswith(".weight") and len(entry["shape"]) == 2]
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": [name.removesuffix(".weight") for name in whole],
+        }
+    if predicting := config.get("num_nextn_predict_layers"):
+        layers = config["num_hidden_layers"]
+        if not any(is_multi_token_prediction(name, layers, predicting) for name in manifest):
+            config["num_nextn_predict_layers"] = 0
+    write_json(config_file, config)
 
 
-def _write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
