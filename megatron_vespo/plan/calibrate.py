@@ -9,7 +9,7 @@ cost from one that grows with the batch; two runs of different size can (:attr:`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -142,15 +142,12 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
 
 
 def measured_outcome(run_dir: Path) -> Outcome:
-    """What a run did. Where the loop takes turns its steps are alike, and the median one counts; where engines and
-    trainer work side by side one step's wait is another's work, and all of them count."""
+    """What a run did in :func:`measured_steps`, all of them together."""
     steps = measured_steps(run_dir)
-    asynchronous = steps[0].mode == "asynchronous"
-    over: Callable[[list[float]], float] = sum if asynchronous else (lambda values: float(np.median(values)))
-    seconds = over([step.total_s for step in steps])
+    seconds = sum(step.total_s for step in steps)
 
     def share(*phases: str) -> float:
-        return over([sum(step.seconds.get(phase, 0.0) for phase in phases) for step in steps]) / seconds
+        return sum(step.seconds.get(phase, 0.0) for step in steps for phase in phases) / seconds
 
     lags = np.zeros(max(len(step.staleness) for step in steps), np.int64)
     for step in steps:
@@ -158,13 +155,13 @@ def measured_outcome(run_dir: Path) -> Outcome:
     groups, dropped = sum(len(step.groups) for step in steps[1:]), steps[-1].dropped - steps[0].dropped
     return Outcome(
         seconds=seconds,
-        updates=round(over([step.updates for step in steps])),
-        samples=round(over([step.responses for step in steps])),
-        tokens=round(over([step.tokens for step in steps])),
+        updates=sum(step.updates for step in steps),
+        samples=sum(step.responses for step in steps),
+        tokens=sum(step.tokens for step in steps),
         staleness=lags,
         trainer_idle=share("wait", "rollout", "reward", "driver"),
         trainer_sync=share("sync"),
-        engine_idle=1 - over([step.engine_busy * step.total_s for step in steps]) / seconds,
+        engine_idle=1 - sum(step.engine_busy * step.total_s for step in steps) / seconds,
         engine_running=float("nan"),
         dropped=dropped / max(1, groups + dropped),
         late=0.0,
