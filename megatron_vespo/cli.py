@@ -173,8 +173,10 @@ def _plan(options: argparse.Namespace) -> int:
     settings = [argument for argument in options.overrides if argument not in ours]
     resolved = load_config(options.config, settings)
     if options.simulate:
+        from megatron_vespo.loop.preflight_mode import check_mode
         from megatron_vespo.plan.report import simulate_plan
 
+        check_mode(resolved.run)
         print(
             simulate_plan(
                 resolved.run,
