@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env quickstart test test-fast test-sglang invariance sglang lint clean
+.PHONY: env quickstart test test-fast test-sglang invariance chaos sglang lint clean
 
 env: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ test: env lint
 
 test-fast: env
 	$(BIN)/python -m pytest -m 'not slow'
+
+# Kills driver, ranks, engines and graders of a tiny run, thirty times; what is left must equal the undisturbed run.
+chaos: env
+	PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
 
 # Every objective x aggregation x split x packing against float64, and docs/invariance.md from it (about 20 minutes).
 invariance: env

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,12 @@ def make_config(kind: str) -> Any:
 def make_samples(kind: str) -> list[Sample]:
     """With experts drawn at random, in random order: each token, layer and slot has its own."""
     config, rng = make_config(kind), np.random.default_rng(4)
-    moe = config.num_hidden_layers - len(config.mlp_only_layers)
+    dense = getattr(config, "first_k_dense_replace", None) or len(getattr(config, "mlp_only_layers", ()))
+    moe, experts = config.num_hidden_layers - dense, 8
     samples = []
     for i, length in enumerate(LENGTHS):
-        prompt, response = (rng.integers(1, 101, n).astype(np.int32) for n in (3 + i % 2, length))
-        everyone = np.tile(np.arange(config.num_experts), (len(prompt) + length - 1, moe, 1))
+        prompt, response = (rng.integers(1, config.vocab_size, n).astype(np.int32) for n in (3 + i % 2, length))
+        everyone = np.tile(np.arange(experts), (len(prompt) + length - 1, moe, 1))
         samples.append(
             Sample(
                 id=str(i),
@@ -108,8 +110,21 @@ def _forced(model: Any, experts: np.ndarray | None) -> Iterator[list[torch.Tenso
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, chosen
 
-    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    handles = [gate.register_forward_hook(choose) for gate in gates]
+    def choose_by_sigmoid(block: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own, _ = type(block).route_tokens_to_experts(block, logits)
+        _, _, chosen = choose(block, None, (logits, own, own))
+        weights = logits.sigmoid().gather(1, chosen)
+        return chosen, weights / weights.sum(-1, keepdim=True) * block.routed_scaling_factor
+
+    blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    handles = []
+    for block in blocks:
+        if hasattr(block, "route_tokens_to_experts"):
+            block.route_tokens_to_experts = partial(choose_by_sigmoid, block)
+        else:
+            handles.append(block.gate.register_forward_hook(choose))
     yield live
     for handle in handles:
         handle.remove()
+    for block in blocks:
+        vars(block).pop("route_tokens_to_experts", None)

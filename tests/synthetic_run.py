@@ -44,11 +44,21 @@ def step_record(step: int, steps: int, rng: np.random.Generator) -> dict[str, An
         **{"sync_probe_diff": 1e-6 * rng.gamma(5, 0.2), "sync_probe_k3": 1e-12 * rng.gamma(5, 0.2)},
         **{"k3_engine": 1e-11 * rng.gamma(5, 0.2), "entropy": 0.5 - 0.2 * done + rng.normal(0, 0.01)},
         **{"tokens_per_s": 900 + rng.normal(0, 40), "sync_probe_max": 5e-6 * rng.gamma(5, 0.2)},
+        **{"busy/trainer": 0.7 + 0.1 * rng.random(), "busy/engines": 0.9, "queue/ready": 20 * rng.random()},
+        **{"queue/open": 40, "queue/open_max": 48, "rollouts/dropped_stale": step},
+        "staleness_tokens": {"0": 100, "1": 200, "3": 100},
+        "timeline": timeline(step),
         "seconds": {
             **{"rollout": 2.1 + rng.normal(0, 0.2), "reward": 0.1, "old_logprobs": 0.5},
             **{"train": 1.9 + rng.normal(0, 0.1), "sync": 0.25},
         },
     }
+
+
+def timeline(step: int) -> list[list[Any]]:
+    start = 1.7e9 + 4 * step
+    ours = [["trainer", "rollout", start, start + 1], ["trainer", "train", start + 1, start + 4]]
+    return [*ours, ["engine 10", "sampling", start, start + 2], ["engine 9", "sampling", start, start + 4]]
 
 
 def rollouts(step: int, count: int) -> list[Sample]:

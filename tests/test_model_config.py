@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import LLAMA3_ROPE, tiny_config
+from tiny_models import LLAMA3_ROPE, YARN_ROPE, tiny_config
+from transformers import AutoConfig, PreTrainedConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
+from megatron_vespo.policy.architecture import FAMILIES, check_architecture, check_layout, num_experts
 from megatron_vespo.policy.layout import ParallelLayout
-from megatron_vespo.policy.model import (
-    check_architecture,
-    check_layout,
-    layer_spec_kind,
-    num_experts,
-    padded_vocab_size,
-    transformer_config,
-)
+from megatron_vespo.policy.model import layer_spec_kind, padded_vocab_size, transformer_config
+from megatron_vespo.policy.rotary import scaled_inv_freq
 
 MODEL = ModelConfig(path=Path("unused"), layer_spec="local")
 
@@ -33,6 +32,8 @@ MODEL = ModelConfig(path=Path("unused"), layer_spec="local")
         ("dense", dict(pipeline=2, virtual_pipeline=4), r"parallel\.virtual_pipeline = 8 .* num_hidden_layers = 4"),
         ("moe", dict(expert=3), r"parallel\.expert = 3 .* num_experts = 8 \(what does: \[1, 2, 4, 8\]\)"),
         ("moe", dict(expert_tensor=5), r"parallel\.expert_tensor = 5 .* moe_intermediate_size = 24"),
+        ("deepseek_v3", dict(expert=3), r"parallel\.expert = 3 .* num_experts = 8"),
+        ("glm4_moe", dict(tensor=4), r"parallel\.tensor = 4 .* num_key_value_heads = 2"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(kind: str, sizes: dict[str, Any], message: str) -> None:
@@ -45,21 +46,103 @@ def test_a_layout_that_divides_is_taken() -> None:
     check_layout(tiny_config("moe"), ParallelLayout(world_size=8, tensor=2, pipeline=2, expert=4, virtual_pipeline=2))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+REFUSED: dict[str, list[tuple[str, Any]]] = {
+    "dense": [
         ("model_type", "gpt2"),
+        ("model_type", "gpt_oss"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
+        ("attention_dropout", 0.1),
         ("use_sliding_window", True),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("sliding_window", 128),
+        ("layer_types", ["full_attention", "sliding_attention"] * 2),
+        ("layer_types", ["sliding_attention"] * 4),
+        ("rope_parameters", ROPE | {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", ROPE | {"rope_type": "some_day"}),
+        ("rope_parameters", ROPE | {"partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"full_attention": ROPE}),
     ],
+    "moe": [("sliding_window", 128), ("attention_bias", True)],
+    "qwen2": [("use_sliding_window", True), ("sliding_window", 128)],
+    "mixtral": [("sliding_window", 128), ("router_jitter_noise", 0.1)],
+    "llama": [("mlp_bias", True), ("attention_bias", True)],
+    "deepseek_v3": [
+        ("attention_bias", True),
+        ("rope_parameters", ROPE | {"rope_type": "llama3"}),
+        ("rope_interleave", False),
+        ("num_key_value_heads", 2),
+        ("scoring_func", "softmax"),
+        ("topk_method", "greedy"),
+        ("moe_layer_freq", 2),
+        ("n_shared_experts", 0),
+        ("norm_topk_prob", False),
+        ("topk_group", 1),
+    ],
+    "glm4_moe": [("norm_topk_prob", False), ("num_experts_per_tok", 1), ("hidden_act", "gelu")],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"), [(kind, *case) for kind, cases in REFUSED.items() for case in cases]
 )
-def test_an_architecture_that_cannot_be_translated_is_refused(field: str, value: Any) -> None:
-    config = tiny_config("dense")
+def test_an_architecture_that_cannot_be_translated_is_refused(kind: str, field: str, value: Any) -> None:
+    config = tiny_config(kind)
+    check_architecture(config)
     config.__dict__[field] = value  # this instance's alone, and past transformers' own checks
-    with pytest.raises(ValueError, match=rf"config\.json: {field}"):
+    named = "norm_topk_prob" if field == "num_experts_per_tok" else field
+    with pytest.raises(ValueError, match=rf"config\.json: {named}"):
         check_architecture(config)
+
+
+NO_EFFECT = {
+    *("initializer_range", "use_cache", "pretraining_tp", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("output_router_logits", "router_aux_loss_coef"),  # of transformers' own loss
+    "max_window_layers",  # without sliding windows
+}
+HONOURED = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("rope_parameters", "num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size"),
+    *("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "n_shared_experts", "n_routed_experts"),
+    *("routed_scaling_factor", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim"),
+    *("n_group", "topk_group", "first_k_dense_replace", "use_qk_norm", "attention_bias"),
+}
+CHECKED = {field for cases in REFUSED.values() for field, _ in cases}
+
+
+def test_every_field_that_transformers_knows_is_honoured_or_refused() -> None:
+    """A field that a later transformers adds to a family must not go by unseen."""
+    kinds = ("dense", "moe", "qwen2", "llama", "mixtral", "deepseek_v3", "glm4_moe")
+    configs = [type(tiny_config(kind)) for kind in kinds]
+    assert {config.model_type for config in configs} == set(FAMILIES)
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    for config in configs:
+        fields = {field.name for field in dataclasses.fields(config)} - common
+        assert fields - NO_EFFECT - HONOURED - CHECKED == set(), config.__name__
+
+
+OLD_YARN = {k: v for k, v in YARN_ROPE.items() if k not in ("rope_type", "rope_theta")} | {"type": "yarn"}
+OLD_LLAMA3 = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling", "factor"),
+    [("deepseek_v3", OLD_YARN, (0.07 * math.log(4) + 1) / (0.13 * math.log(4) + 1)), ("llama3", OLD_LLAMA3, 1.0)],
+)
+def test_rope_is_read_from_old_files_as_from_new_ones(
+    kind: str, scaling: dict[str, Any], factor: float, tmp_path: Path
+) -> None:
+    new = tiny_config(kind)
+    new.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    theta = written.pop("rope_parameters")["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(written | {"rope_theta": theta, "rope_scaling": scaling}))
+    old = AutoConfig.from_pretrained(tmp_path)
+    assert old.rope_parameters["rope_theta"] == theta
+    found, expected = scaled_inv_freq(old), scaled_inv_freq(new)
+    assert found is not None and expected is not None and torch.equal(found[0], expected[0])
+    assert found[1] == expected[1] == pytest.approx(factor)
 
 
 def test_the_moe_fields_follow_the_checkpoint() -> None:
@@ -71,6 +154,19 @@ def test_the_moe_fields_follow_the_checkpoint() -> None:
     assert transformer_config(tiny_config("moe_unnormalised"), MODEL, layout).moe_router_pre_softmax
     assert (settings.moe_router_load_balancing_type, settings.moe_aux_loss_coeff) == ("none", 0.0)
     assert num_experts(tiny_config("moe")) == 8 and num_experts(tiny_config("dense")) == 0
+
+
+def test_sigmoid_routers_follow_the_checkpoint_and_their_biases_stay() -> None:
+    platform.current().prepare_megatron()
+    layout = ParallelLayout()
+    limited = transformer_config(tiny_config("deepseek_v3"), MODEL, layout)
+    assert (limited.moe_router_num_groups, limited.moe_router_group_topk) == (4, 2)
+    assert (limited.moe_layer_freq, limited.moe_shared_expert_intermediate_size) == ([0, 1, 1, 1], 48)
+    free = transformer_config(tiny_config("glm4_moe"), MODEL, layout)
+    assert (free.moe_router_num_groups, free.moe_router_group_topk) == (None, None)
+    for config in (limited, free):
+        assert (config.moe_router_score_function, config.moe_router_topk_scaling_factor) == ("sigmoid", 2.5)
+        assert config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate == 0
 
 
 def test_some_dense_layers_among_moe_layers() -> None:

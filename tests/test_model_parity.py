@@ -41,7 +41,15 @@ SPLITS: dict[str, dict[str, Any]] = {
     "moe EP2": dict(expert=2),
     "moe EP2 distributed optimizer": dict(expert=2, distributed_optimizer=True),
     "moe DP2": dict(),
+    "deepseek_v3 TP2 SP": dict(tensor=2, sequence=True),
+    "deepseek_v3 TP2 SP EP2": dict(tensor=2, sequence=True, expert=2),
+    "deepseek_v3 PP2": dict(pipeline=2),
+    "deepseek_v3 CP2": dict(context=2),
+    "deepseek_v3 CP2 EP2 recompute": dict(context=2, expert=2, recompute="full"),
+    "glm4_moe TP2 SP": dict(tensor=2, sequence=True),
+    "glm4_moe CP2 EP2": dict(context=2, expert=2),
 }
+KINDS = ("dense", "moe", "moe_unnormalised", "qwen2", "llama", "llama3", "deepseek_v3", "glm4_moe")
 
 
 @dataclass
@@ -96,6 +104,7 @@ def errors_of_a_split(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from tiny_models import (
         gather_gradient_shards,
+        held,
         load,
         megatron_tensors,
         share_of,
@@ -117,7 +126,8 @@ def errors_of_a_split(
     ranks.initialize(layout, seed=1)
     config = tiny_config(kind)
     chunks = build_model(config, model_config, layout)
-    load(chunks, megatron_tensors(config, dict(tiny_hf_model(config, torch.float32).named_parameters())))
+    whole = megatron_tensors(config, held(tiny_hf_model(config, torch.float32)))
+    load(chunks, whole)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
@@ -156,10 +166,13 @@ def errors_of_a_split(
             full_name = whole_name(chunk, name)
             names.add(full_name)
             expected = share_of(gradients[full_name], full_name, parameter)
-            scale = float(gradients[full_name].abs().max())
+            scale = float(gradients[full_name].abs().max()) or 1.0  # an expert that no token goes to
             error = float((parameter.main_grad - expected).abs().max()) / scale  # type: ignore[attr-defined]
             if not error <= worst:
                 worst, whose = error, full_name
+        for name, bias in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                assert torch.equal(bias, whole[whole_name(chunk, name)]), "an update moved an expert bias"
     ranks.destroy()
     return max(logprob_errors), worst, whose, names
 
@@ -179,21 +192,21 @@ def run_splits(splits: dict[str, dict[str, Any]], references: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, Any]:
-    return {kind: reference(kind) for kind in ("dense", "moe", "moe_unnormalised", "qwen2", "llama", "llama3")}
+    return {kind: reference(kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def one_rank(references: dict[str, Any]) -> dict[str, Any]:
-    return run_ranks(run_splits, 1, {kind: {} for kind in references}, references)[0]
+    return run_ranks(run_splits, 1, {kind: {} for kind in references}, references, timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(references: dict[str, Any]) -> list[dict[str, Any]]:
-    return run_ranks(run_splits, 2, SPLITS, references)
+    return run_ranks(run_splits, 2, SPLITS, references, timeout_s=240)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "moe", "moe_unnormalised", "qwen2", "llama", "llama3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_equals_transformers(kind: str, one_rank: dict[str, Any], references: dict[str, Any]) -> None:
     logprob_error, gradient_error, whose, names = one_rank[kind]
     assert logprob_error < TOLERANCE

@@ -23,9 +23,11 @@ ROOT = Path(__file__).parent.parent
         ("qwen3_30b_a3b_vespo", "30.53 B parameters, 3.35 B active", "32 ranks"),
         ("qwen3_8b_vespo", "8.19 B parameters", "16 ranks"),
         ("llama32_3b_vespo", "3.21 B parameters", "8 ranks"),
+        ("deepseek_v3_vespo", "671.03 B parameters, 37.55 B active", "256 ranks"),
+        ("glm45_air_vespo", "106.85 B parameters, 13.42 B active", "64 ranks"),
     ],
 )
-def test_the_papers_models_are_planned_without_their_files(
+def test_shipped_models_are_planned_without_their_files(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, parameters: str, ranks: str
 ) -> None:
     monkeypatch.chdir(ROOT)

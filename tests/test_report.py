@@ -16,6 +16,7 @@ from synthetic_run import sample, step_record, write_run
 from megatron_vespo.observe.plots import LEARNING, MISMATCH, OFF_POLICY, OPTIMISATION, THROUGHPUT, WEIGHTS, smooth
 from megatron_vespo.observe.report import ReportError, duration, write_report
 from megatron_vespo.observe.stored_weights import stored_sections
+from megatron_vespo.observe.utilisation import UTILISATION, draw_staleness, draw_timeline, lag_shares
 from megatron_vespo.observe.writer import RunWriter
 
 VOID = {"meta", "br", "link", "img"}
@@ -56,17 +57,41 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_plot_is_there(report: str) -> None:
-    of_records = [panel.title for group in (LEARNING, OFF_POLICY, MISMATCH, WEIGHTS) for panel in group]
+    of_records = [panel.title for group in (LEARNING, OFF_POLICY) for panel in group]
+    of_records += ["Staleness of all trained tokens"]
+    of_records += [panel.title for group in (MISMATCH, WEIGHTS) for panel in group]
     of_rollouts = ["φ against length, A > 0", "φ against length, A < 0"]
     of_rollouts += ["Spread of log W, engine", "Mean φ under the engine's mismatch alone"]
     rest = [panel.title for panel in (*OPTIMISATION, *THROUGHPUT) if panel.title != "Learning rate"]  # it is constant
     expected = [*of_records, *of_rollouts, *rest, "Time by phase"]
+    expected += ["Timeline", *(panel.title for panel in UTILISATION)]
     assert [unescape(title) for title in re.findall(r"<figcaption><b>(.*?)</b>", report)] == expected
     page = Page(report)
     assert page.count("svg") == len(expected)
     for label in ("held-out greedy", "held-out avg@4", "stale", "engine", "k3", "maximum", "rollout", "sync"):
         assert f">{label}</text>" in report
     assert ">reward = accuracy</text>" in report  # equal here, so one line
+
+
+def test_the_timeline_has_a_lane_for_the_trainer_and_for_each_engine(report: str) -> None:
+    svg = report[report.index("<figcaption><b>Timeline") :].split("</figure>")[0]
+    labels = re.findall(r">([^<>]+)</text>", svg)
+    assert [label for label in labels if label in ("trainer", "engine 9", "engine 10")] == [
+        "trainer",
+        "engine 9",
+        "engine 10",
+    ]
+    assert "seconds; steps 27 to 34" in labels and {"rollout", "train", "sampling"} <= set(labels)
+    assert draw_timeline([{"step": 1}]) is None
+
+
+def test_the_staleness_histogram_is_of_tokens_over_the_whole_run() -> None:
+    records = [{"step": 1, "staleness_tokens": {"0": 300}}, {"step": 2, "staleness_tokens": {"2": 60, "0": 40}}]
+    assert lag_shares(records) == ({0: 0.85, 2: 0.15}, 400)
+    svg = draw_staleness(records)
+    assert svg is not None and "of 400 trained tokens" in svg
+    assert "updates a bar" in str(draw_staleness([{"step": 1, "staleness_tokens": {"0": 1, "100": 1}}]))
+    assert draw_staleness([{"step": 1, "staleness_tokens": {"0": 5}}]) is None, "on policy: nothing to see"
 
 
 def test_the_summary_says_before_and_after(report: str) -> None:

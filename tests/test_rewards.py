@@ -72,6 +72,8 @@ def misbehave(response: str, answer: str) -> float:
         time.sleep(1000)
     if response == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if response == "killer":
+        os.kill(os.getpid(), signal.SIGKILL)
     if response == "raise":
         raise ValueError("no such answer")
     if response == "nan":
@@ -194,6 +196,19 @@ def test_workers_stay_warm_and_end_with_the_pool() -> None:
         assert len(pids) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(pids.pop()), 0)
+
+
+@pytest.mark.slow
+def test_a_worker_that_someone_else_kills_costs_nothing_unless_a_response_kills_them_all() -> None:
+    with RewardWorkers(misbehave, 2, timeout_s=20) as workers:
+        expected = workers.score([("7", "7"), ("8", "7")] * 4)
+        for worker in workers._workers:
+            os.kill(worker.process.pid, signal.SIGKILL)  # idle; found by the next batch
+        assert workers.score([("7", "7"), ("8", "7")] * 4) == expected
+        assert workers.counts.kills >= 1 and workers.counts.crashes == 0
+        scored = workers.score([("7", "7"), ("killer", "7"), ("7", "7")])
+        assert [s.reward for s in scored] == [1.0, 0.0, 1.0] and "exit code -9" in str(scored[1].error)
+        assert workers.counts.crashes == 1
 
 
 @pytest.mark.slow

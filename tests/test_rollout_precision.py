@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from plain_fp8 import load_rounded
 from rollout_checkpoints import load_plain, plain_logprobs, save_checkpoint
+from safetensors.torch import load_file
 from tiny_run import make_run
 
 from megatron_vespo.cli import main
+from megatron_vespo.cluster.engine_group import first_weights
+from megatron_vespo.config.load import load_config
 from megatron_vespo.rollout import EngineError, GenerateRequest, HttpEngine, SamplingParams, launch_engine
 from megatron_vespo.rollout.precision import Precision, check_block_fp8, precision_flags
 from megatron_vespo.rollout.reference.model import ReferenceModel
@@ -57,6 +61,25 @@ def test_sglang_gets_fp8_from_a_block_fp8_checkpoint_alone(tmp_path: Path) -> No
             check_block_fp8(tmp_path)
     with pytest.raises(EngineError, match=r"no config\.json"):
         check_block_fp8(tmp_path / "absent")
+
+
+def test_an_fp8_sglang_starts_from_a_copy_in_fp8_blocks(tmp_path: Path) -> None:
+    config = load_config(make_run(tmp_path, sync={"folder": str(tmp_path / "sync")})).run
+
+    def first(**rollout: Any) -> Path:
+        return first_weights(config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)}))
+
+    copy = first(engine="sglang", precision="fp8")
+    assert copy.parent == tmp_path / "sync"
+    check_block_fp8(copy)
+    assert {f.name for f in config.model.path.glob("token*")} <= {f.name for f in copy.iterdir()}
+    original, rounded = (load_file(folder / "model.safetensors") for folder in (config.model.path, copy))
+    assert {name.removesuffix("_scale_inv") for name in rounded} == set(original)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in rounded.values()) > 10
+    # Nobody else needs one.
+    for rollout in ({"engine": "sglang", "precision": "bf16"}, {"engine": "reference", "precision": "fp8"}):
+        assert first(**rollout) == config.model.path
+    assert first(engine="sglang", precision="fp8", engine_args={"model-path": "elsewhere"}) == Path("elsewhere")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from rollout_checkpoints import VOCABULARY, load_plain, plain_logprobs, save_checkpoint
+from tiny_models import tiny_config, tiny_hf_model
 
 from megatron_vespo.rollout.reference.batch import Result, RunningBatch, Sequence
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
+from megatron_vespo.rollout.reference.routing import Routers
 from megatron_vespo.rollout.reference.sampling import SamplingRows, sample, uniforms
 from megatron_vespo.rollout.reference.server import _check_same_shape
+from megatron_vespo.samples.records import RoutingShape
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +139,18 @@ def test_a_model_this_engine_would_compute_wrongly_is_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match="--context-length 64"):
         ReferenceModel(windowed, torch.float32)
     assert ReferenceModel(windowed, torch.float32, context_length=64).context_length == 64
+
+
+@pytest.mark.parametrize(("kind", "topk"), [("deepseek_v3", 4), ("glm4_moe", 2)])
+def test_experts_chosen_by_sigmoids_are_recorded(kind: str, topk: int) -> None:
+    """They are those that the experts themselves are called with, and the dense layer has none."""
+    model = tiny_hf_model(tiny_config(kind), torch.float32)
+    called: list[torch.Tensor] = []
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, inputs: called.append(inputs[1]))
+    routers = Routers(model)
+    with routers.recording() as recorded, torch.no_grad():
+        model(torch.arange(1, 30)[None])
+    assert routers.shape == RoutingShape(4, (1, 2, 3), topk, 8)
+    assert len(recorded) == 3
+    assert all(torch.equal(a, b) for a, b in zip(recorded, called, strict=True))

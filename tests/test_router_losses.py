@@ -32,6 +32,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "moe_unnormalised": dict(),
     "mixed": dict(),
     "mixtral": dict(),
+    "deepseek_v3": dict(),
 }
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "moe DP2": dict(size=3),
@@ -87,16 +88,21 @@ def reference(kind: str, losses: dict[str, float]) -> tuple[float, dict[str, tor
 
     config = tiny(kind)
     model = tiny_hf_model(config)
-    policy, router_logits = torch.zeros((), dtype=torch.float64), []
+    policy, router_logits, routing = torch.zeros((), dtype=torch.float64), [], []
     samples = make_samples()
+    blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "route_tokens_to_experts")]
+    for block in blocks:  # these models return no router_logits
+        block.gate.register_forward_hook(lambda gate, inputs, logits: seen.append(logits))
     for s in samples:
         ids = torch.from_numpy(np.concatenate([s.prompt.tokens, s.response_tokens])).long()
-        output = model(ids[None], output_router_logits=True)
-        router_logits.append(output.router_logits)
+        seen: list[torch.Tensor] = []
+        output = model(ids[None], **{} if blocks else dict(output_router_logits=True))
+        router_logits.append(seen if blocks else output.router_logits)
+        routing.append([b.route_tokens_to_experts(x)[0] for b, x in zip(blocks, seen, strict=True)])
         logprobs = output.logits[0].log_softmax(-1)[len(s.prompt.tokens) - 1 : -1]
         taken = logprobs.gather(1, ids[len(s.prompt.tokens) :, None])[:, 0]
         policy = policy - s.advantage * taken[torch.from_numpy(s.loss_mask)].sum()
-    z, balance = router_reference(router_logits, config.num_experts_per_tok)
+    z, balance = router_reference(router_logits, config.num_experts_per_tok, routing if blocks else None)
     ((name, weight),) = losses.items()
     value = {"router_z_loss": z, "router_balance_loss": balance}[name]
     (policy / sum(s.loss_mask.sum() for s in samples) + weight * value).backward()
@@ -108,7 +114,7 @@ def errors_of_a_split(
     kind: str, split: dict[str, Any], losses: dict[str, float], expected: tuple[float, dict[str, torch.Tensor]]
 ) -> tuple[float, float, str]:
     """On every rank: relative error of the metric, worst gradient error relative to its tensor's largest, and whose."""
-    from tiny_models import gather_gradient_shards, load, megatron_tensors, share_of, tiny_hf_model, whole_name
+    from tiny_models import gather_gradient_shards, held, load, megatron_tensors, share_of, tiny_hf_model, whole_name
 
     from megatron_vespo.objectives import build_objective
     from megatron_vespo.policy import layout as ranks
@@ -125,7 +131,7 @@ def errors_of_a_split(
     model_config = ModelConfig(path=Path(), dtype="float32", layer_spec="local", recompute=recompute, **losses)
     config, samples = tiny(kind), make_samples()
     models = build_model(config, model_config, layout)
-    load(models, megatron_tensors(config, dict(tiny_hf_model(config, torch.float32).named_parameters())))
+    load(models, megatron_tensors(config, held(tiny_hf_model(config, torch.float32))))
     chunks = wrap_for_training(models, distributed_optimizer=sharded)
 
     mine = list(order)[ranks.dp_rank() :: layout.data]
@@ -150,7 +156,7 @@ def errors_of_a_split(
         for name, parameter in model.named_parameters():
             full = whole_name(model, name)
             error = (parameter.main_grad - share_of(gradients[full], full, parameter)).abs().max()  # type: ignore[attr-defined]
-            relative = float(error / gradients[full].abs().max())
+            relative = float(error) / (float(gradients[full].abs().max()) or 1.0)  # an expert that no token goes to
             if not relative <= worst:
                 worst, whose = relative, full
     ((metric, (total, denominator)),) = router_losses.metrics().items()

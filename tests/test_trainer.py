@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ranks import run_ranks
 from tiny_run import make_run
 
 from megatron_vespo.config.load import load_config
+from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.records import Prompt, Sample
 
 
@@ -48,7 +50,38 @@ def update_and_export(config_file: Path, overrides: list[str], folder: Path) -> 
     samples = make_samples(7, trainer.hf_config.vocab_size)
     trainer.train_mini_batch(samples)
     trainer.export_hf(folder)
+    check_checkpoint(trainer, folder.with_name("checkpoints") / "step_000001")
     return trainer.compute_logprobs(samples, 0.7)
+
+
+def check_checkpoint(trainer: Any, folder: Path) -> None:
+    """Nothing is written where it would not fit, and the estimate is the size; a changed byte is found by one rank."""
+    from megatron_vespo.policy import checkpoint
+
+    multiprocessing.current_process().daemon = False  # megatron-core's writer has a process of its own
+    state = {"step": 1, "version": 2}
+    free_bytes, checkpoint.free_bytes = checkpoint.free_bytes, lambda folder: 1000 + 10**9 * dist.get_rank()
+    with pytest.raises(DiskFull, match=r"step_000001 needs .* 1,000 are free there") as refusal:
+        trainer.save(folder, state)
+    checkpoint.free_bytes = free_bytes
+    assert not folder.parent.exists()
+    dist.barrier()
+    trainer.save(folder, state)
+    assert checkpoint.read_state(folder) == state and checkpoint.complete(folder.parent) == [folder]
+    size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
+    needed = int(str(refusal.value).partition("needs ")[2].split()[0].replace(",", ""))
+    assert size <= needed < 1.4 * size, (needed, size)  # a small model is half headers
+    assert trainer.damage(folder) == []
+    dist.barrier()
+    if dist.get_rank() == 0:
+        path = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    dist.barrier()
+    damaged: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(damaged, trainer.damage(folder))
+    assert sum(map(len, damaged)) == 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from hf_checkpoints import TOKENS, differences, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_vespo.rollout.precision import check_block_fp8
 from megatron_vespo.weights.checksum import checksum
 from megatron_vespo.weights.save import CHECKSUM_FILE, save_hf_folder
 from megatron_vespo.weights.transports.disk import DiskTransport
@@ -111,6 +112,27 @@ def test_the_disk_transport_keeps_the_newest_versions(source: Path, tmp_path: Pa
     for version in range(4):
         transport.publish(version, stream(source))
     assert sorted(p.name for p in (tmp_path / "sync").iterdir()) == ["version_000002", "version_000003"]
+
+
+def test_for_an_engine_in_fp8_the_folder_holds_blocks_and_its_config_says_which(source: Path, tmp_path: Path) -> None:
+    """What an fp8 SGLang loads and is restarted from."""
+    DiskTransport([], tmp_path / "sync", source, fp8=True).publish(3, stream(source, torch.bfloat16))
+    folder = tmp_path / "sync" / "version_000003"
+    check_block_fp8(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    kept = set(config["quantization_config"]["modules_to_not_convert"])
+    assert {"model.embed_tokens", "lm_head", "model.layers.1.mlp.gate"} <= kept
+    found = load_file(folder / "model.safetensors")
+    for name, tensor in stream(source):
+        rounded = name.endswith("_proj.weight")
+        assert (found[name].dtype == torch.float8_e4m3fn) == rounded
+        assert not (rounded and name.removesuffix(".weight") in kept)
+        values = found[name].float() * found[name + "_scale_inv"] if rounded else found[name].float()  # one block each
+        torch.testing.assert_close(values, tensor, atol=float(tensor.abs().max()) / 16, rtol=0)
+    # The next version is in bfloat16 again: nothing of the config stays.
+    DiskTransport([], tmp_path / "plain", folder).publish(0, stream(source, torch.bfloat16))
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "version_000000" / "config.json").read_text())
 
 
 def test_a_run_set_back_to_a_checkpoint_publishes_over_its_later_versions(source: Path, tmp_path: Path) -> None:

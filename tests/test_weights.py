@@ -27,8 +27,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_vespo import platform
+from megatron_vespo.weights.export import export_hf
 from megatron_vespo.weights.load import load_hf
 from megatron_vespo.weights.mapping import FAMILIES, WeightsError, template
+from megatron_vespo.weights.save import save_hf_folder
 
 TOLERANCE = 1e-5
 
@@ -137,16 +139,17 @@ def test_wrapped_models_are_unwrapped(one_rank: None, checkpoints: dict[str, Pat
 
 def test_transformer_engines_names_are_known() -> None:
     """The names are those of get_gpt_layer_with_transformer_engine_spec with and without grouped experts."""
-    table = FAMILIES["qwen3_moe"]
     layer = "decoder.layers.3."
     for te_name, local_name in [
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
         ("mlp.experts.linear_fc1.weight5", "mlp.experts.local_experts.5.linear_fc1.weight"),
         ("mlp.experts.linear_fc2.weight12", "mlp.experts.local_experts.12.linear_fc2.weight"),
+        ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
+        ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
     ]:
         assert template(layer + te_name) == template(layer + local_name)
-        assert template(layer + te_name)[0] in table
+        assert template(layer + te_name)[0] in FAMILIES["deepseek_v3"] | FAMILIES["qwen3_moe"]
     assert template("decoder.layers.3.mlp.experts.linear_fc1.weight5")[1:] == (3, 5)
 
 
@@ -216,6 +219,36 @@ def test_an_output_layer_beside_tied_embeddings_must_equal_them(
     else:
         with pytest.raises(WeightsError, match=r"lm_head\.weight: .* differs from model\.embed_tokens\.weight"):
             load_hf(chunks, folder)
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_that_is_said(
+    one_rank: None, checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Released checkpoints of DeepSeek-V3 and GLM-4.5 hold one more layer than the model has."""
+
+    def add_layers(*layers: int) -> Callable[[Tensors], None]:
+        return lambda tensors: tensors.update(
+            {f"model.layers.{i}.{name}.weight": torch.ones(32) for i in layers for name in ("enorm", "input_layernorm")}
+        )
+
+    source = checkpoints["glm4_moe"]
+    chunks, config = build(source)
+    folder = changed(source, tmp_path, add_layers(4))
+    with pytest.raises(WeightsError, match=r"model\.layers\.4\.enorm\.weight: .* no parameter"):
+        load_hf(chunks, folder)
+    written = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(written))
+    load_hf(chunks, folder)
+    assert "2 tensors of the 1 layers for multi-token prediction (from model.layers.4 on) are not loaded" in caplog.text
+    assert misplaced(chunks, source) == []
+
+    save_hf_folder(export_hf(chunks, config), tmp_path / "out", folder)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert differences(load_file(tmp_path / "out" / "model.safetensors"), source) == []
+    add_layers(5)(more := load_file(folder / "model.safetensors"))
+    save_file(more, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"model\.layers\.5\.enorm\.weight: .* no parameter"):
+        load_hf(chunks, folder)
 
 
 def test_a_truncated_file_is_named(one_rank: None, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -290,7 +323,7 @@ def two_ranks_report(checkpoints: dict[str, Path], broken: Path) -> RankReport:
 @pytest.fixture(scope="module")
 def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[RankReport]:
     broken = changed(checkpoints["qwen3_moe"], tmp_path_factory.mktemp("broken"), _without_an_expert)
-    return run_ranks(two_ranks_report, 2, checkpoints, broken)
+    return run_ranks(two_ranks_report, 2, checkpoints, broken, timeout_s=240)
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
         # Every size differs from every other that it could be taken for.
         latent = dict(q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10)
         groups = dict(num_key_value_heads=4, num_experts_per_tok=4, n_group=4, topk_group=2)
-        return DeepseekV3Config(**untied | experts | latent | groups | dict(rope_parameters=YARN_ROPE) | changes)
+        rope = dict(rope_parameters=YARN_ROPE, max_position_embeddings=64)
+        return DeepseekV3Config(**untied | experts | latent | groups | rope | changes)
     if kind == "glm4_moe":
         biased = dict(head_dim=16, attention_bias=True, use_qk_norm=True, partial_rotary_factor=0.5)
         return Glm4MoeConfig(**untied | experts | biased | changes)
@@ -138,7 +139,7 @@ def megatron_tensors(config: PreTrainedConfig, hf: dict[str, torch.Tensor]) -> d
             if theirs + f"self_attn.{x}_norm.weight" in hf:
                 out[ours + f"self_attention.{x}_layernorm.weight"] = hf[theirs + f"self_attn.{x}_norm.weight"]
         for a, b in LATENT_ATTENTION.items():
-            if theirs + f"self_attn.{b}.weight" in hf:
+            if config.model_type == "deepseek_v3" and theirs + f"self_attn.{b}.weight" in hf:
                 out[ours + f"self_attention.{a}.weight"] = hf[theirs + f"self_attn.{b}.weight"]
         if theirs + "mlp.gate.weight" in hf:
             out[ours + "mlp.router.weight"] = hf[theirs + "mlp.gate.weight"]

@@ -20,10 +20,15 @@ from ray.exceptions import RayError
 from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ClusterError, spans_nodes
+from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
 from megatron_vespo.rollout.health import wait_until_ready
 from megatron_vespo.rollout.launch import LOOPBACK, flag_names
+from megatron_vespo.rollout.precision import is_block_fp8
+from megatron_vespo.weights.fp8 import quantise_stream
+from megatron_vespo.weights.load import stream_hf
+from megatron_vespo.weights.save import save_hf_folder
 
 LOGGER = "megatron_vespo.rollout"
 SAY_EVERY_S = 15.0
@@ -120,8 +125,7 @@ class EngineGroup:
     def _launched(self) -> EnginePool:
         self.key = secrets.token_urlsafe(32) if spans_nodes(self.config) else None
         self._hosts = [self._host(index) for index in range(self.config.rollout.engines)]
-        path = flag_names(self.config.rollout.engine_args).get("model-path", self.config.model.path)
-        weights = ServedWeights(Path(path).resolve(), 0)
+        weights = ServedWeights(first_weights(self.config).resolve(), 0)
         urls = self._wait([self._launch(index, weights) for index in range(len(self._hosts))])
         engines = [self._engine(url) for url in urls]
         return EnginePool(engines, launcher=self, weights=weights, patience=_patience(self.config))
@@ -168,6 +172,19 @@ class EngineGroup:
             if waiting:
                 logger.info("%d engines are starting, after %.0f s", len(waiting), time.monotonic() - started)
         return ray.get(launches)
+
+
+def first_weights(config: RunConfig) -> Path:
+    """What the engines are launched from: ``model.path``, or for an fp8 SGLang a copy of it in fp8 blocks."""
+    rollout, model = config.rollout, config.model.path
+    if given := flag_names(rollout.engine_args).get("model-path"):
+        return Path(given)
+    if rollout.engine != "sglang" or rollout.precision != "fp8" or is_block_fp8(model):
+        return model
+    copy = sync_folder(config) / "start_fp8"
+    logging.getLogger(LOGGER).info("%s is written in fp8 blocks, for the engines to start from, to %s", model, copy)
+    save_hf_folder(quantise_stream(stream_hf(model)), copy, model)
+    return copy
 
 
 def _patience(config: RunConfig) -> Patience:

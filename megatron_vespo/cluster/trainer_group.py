@@ -20,7 +20,9 @@ from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.cluster.weight_sender import WeightSender
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
+from megatron_vespo.policy.checkpoint import CheckpointError
 from megatron_vespo.rollout.protocol import EngineError
+from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable, stacked
 from megatron_vespo.weights.sync import SyncError, SyncReport
@@ -106,7 +108,7 @@ class TrainerGroup:
             except RayError as error:
                 rank = calls.index(done[0])
                 cause = getattr(error, "cause", None) or error
-                if isinstance(cause, EngineError | SyncError):
+                if isinstance(cause, EngineError | SyncError | CheckpointError | DiskFull):
                     raise cause from None  # not the rank's own failure
                 raise ClusterError(
                     f"trainer rank {rank} failed: {cause}\n--- end of {self.logs[rank]}\n{tail(self.logs[rank])}"
@@ -129,11 +131,16 @@ class TrainerGroup:
         return metrics, logprobs, stacked([result.weights for result in results])
 
     def compute_old_logprobs(
-        self, mini_batch: Sequence[Sample]
+        self, mini_batch: Sequence[Sample], version: int | None = None
     ) -> tuple[dict[str, tuple[float, float]], list[np.ndarray]]:
-        """What the next update of ``mini_batch`` starts from. (metrics, [response] float32 log pi_old of each)."""
-        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)))
+        """(metrics, [response] float32 log pi_old of each), under the kept weights of ``version``; None: those of now,
+        which the next update of ``mini_batch`` starts from."""
+        results = self._all("compute_old_logprobs", ray.put(list(mini_batch)), version)
         return results[0][1], _in_order([logprobs for logprobs, _ in results])
+
+    def keep_weights(self, version: int, oldest: int) -> None:
+        """Remember the current weights as those of ``version``; forget versions before ``oldest``."""
+        self._all("keep_weights", version, oldest)
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> list[np.ndarray]:
         """[response] float32 log-probs of each sample under the current weights."""
@@ -146,6 +153,10 @@ class TrainerGroup:
     def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport:
         """Bring the engines at ``urls``, which want ``key``, to the current weights. Raises SyncError, EngineError."""
         return self._gather([actor.publish.remote(version, urls, key) for actor in self.ranks])[0]
+
+    def damage(self, folder: Path) -> list[str]:
+        """Files of a checkpoint that are not what was written; each rank reads its share."""
+        return [name for part in self._all("damage", folder.resolve()) for name in part]
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
         self._all("save", folder.resolve(), driver_state)

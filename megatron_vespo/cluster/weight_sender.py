@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from megatron_vespo.weights.transports.shared_memory import SharedMemory
 from megatron_vespo.weights.transports.streamed import StreamedTransport
 
 MIB = 1 << 20
+VERSIONS_AT_ONCE = 3
+"""In the disk transport's folder: the one being written, and the two that it keeps."""
 
 
 class WeightSender:
@@ -48,7 +51,8 @@ def build_transport(config: RunConfig, urls: Sequence[str], key: str | None = No
     engines = [engine_weights(rollout.engine, url, rollout.request_timeout_s, key) for url in urls]
     bucket_bytes, fp8 = sync.bucket_mb * MIB, rollout.precision == "fp8"
     if sync.transport == "disk":
-        return DiskTransport(engines, sync_folder(config), config.model.path, bucket_bytes=bucket_bytes)
+        blocks = fp8 and rollout.engine == "sglang"  # the reference engine rounds what it reads
+        return DiskTransport(engines, sync_folder(config), config.model.path, bucket_bytes=bucket_bytes, fp8=blocks)
     if sync.transport == "shared_memory":
         return StreamedTransport(engines, SharedMemory(engines), bucket_bytes=bucket_bytes, delta=sync.delta, fp8=fp8)
     here = platform.current()
@@ -68,6 +72,12 @@ def sync_folder(config: RunConfig) -> Path:
     directory, shared = config.directory.resolve(), Path("/dev/shm")
     if config.sync.folder is not None:
         return config.sync.folder.resolve()
-    if spans_nodes(config) or not shared.is_dir():
+    if spans_nodes(config) or not shared.is_dir() or not _has_room(shared, config.model.path):
         return directory / "sync"
     return shared / f"megatron_vespo-{directory.as_posix().strip('/').replace('/', '-')}"
+
+
+def _has_room(shared: Path, model: Path) -> bool:
+    """By the size of the memory's file system, not by what is free of it now: the answer is the same all the run."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return shutil.disk_usage(shared).total >= VERSIONS_AT_ONCE * weights

@@ -105,7 +105,7 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0: never."""
-    ess_step: Literal["off", "w", "phi"] = "off"
+    ess_step: Literal["none", "w", "phi"] = "none"
     """Scale each update's rate by sqrt(ESS / n) of these sequence weights (VCPO)."""
 
 
@@ -189,17 +189,49 @@ class RewardConfig(Section):
 
 
 class TrainConfig(Section):
+    mode: Literal["synchronous", "asynchronous", "constant_lag"] = "synchronous"
+    """synchronous: sample a batch, train on it, sync. asynchronous: sample and train side by side (docs/async.md and
+    section asynchronous). constant_lag: as synchronous, on data exactly so many updates old (section constant_lag)."""
     steps: PositiveInt = 100
     """Rollout batches."""
     prompts_per_step: PositiveInt = 256
     """Prompts in a rollout batch; times rollout.samples_per_prompt sequences."""
     mini_batches: PositiveInt = 1
-    """N: optimizer updates made from one rollout batch (split staleness 0..N-1)."""
+    """N: optimizer updates made from one rollout batch (synchronous: split staleness 0..N-1)."""
     mask_truncated: bool = False
     """Leave responses cut at the length limit out of the loss and its denominators (overlong filtering); their reward
     still counts in their group's advantages."""
     tokens_per_micro_batch: PositiveInt = 16384
     """Token budget of one forward-backward of one rank (before context parallelism divides it)."""
+
+
+class AsynchronousConfig(Section):
+    """What goes with train.mode asynchronous."""
+
+    sync_every: PositiveInt = 1
+    """K: optimizer updates between weight syncs."""
+    max_staleness: NonNegativeInt = 1
+    """Updates that the oldest trained token of a response may be behind. Nothing is asked for that would be trained
+    later than that. At least sync_every - 1."""
+    too_stale: Literal["wait", "drop", "down_weight"] = "wait"
+    """What becomes of a group that takes too long to be trained in time. wait: nothing, groups are trained in the order
+    asked for, and training waits for it. drop: groups are trained in the order they are done; that one is left out
+    whole. down_weight: likewise, but its responses are trained, by stale_weight."""
+    stale_weight: Probability = 0.5
+    """Under too_stale down_weight: factor on a response's advantage for each update beyond max_staleness."""
+    max_open: PositiveInt | None = None
+    """Prompt groups asked for and not yet trained, at most; None: as many as max_staleness allows, which is
+    (max_staleness + 1) x the groups of an update."""
+    old_logprobs: Literal["exact", "engine"] = "exact"
+    """Where log pi_old comes from. exact: the trainer keeps the weights of the versions that may have sampled, in host
+    memory, and recomputes it under them. engine: it is log mu, which costs nothing, and tells no mismatch."""
+
+
+class ConstantLagConfig(Section):
+    """What goes with train.mode constant_lag."""
+
+    lag: NonNegativeInt = 1
+    """k: the batch of update t was sampled by the weights of version t - k; the first k by those of version 0."""
 
 
 class EvaluateConfig(Section):
@@ -236,7 +268,8 @@ class SyncConfig(Section):
     timeout_s: PositiveFloat = 120
     """Seconds that the engines may take to join a broadcast, and a bucket to reach them."""
     folder: Path | None = None
-    """Where the disk transport writes; None: shared memory (/dev/shm) if there is room, else the run directory."""
+    """Where the disk transport writes; None: shared memory (/dev/shm) if it holds three copies of model.path and one
+    node is all there is, else the run directory."""
     probe_tolerance: PositiveFloat | None = None
     """Largest |engine - trainer| log-prob on the probe before the run is stopped; None: measured only."""
 
@@ -284,6 +317,8 @@ class RunConfig(Section):
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     train: TrainConfig = TrainConfig()
+    asynchronous: AsynchronousConfig = AsynchronousConfig()
+    constant_lag: ConstantLagConfig = ConstantLagConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sync: SyncConfig = SyncConfig()
@@ -293,3 +328,18 @@ class RunConfig(Section):
     @property
     def directory(self) -> Path:
         return self.run_dir or Path("runs") / self.name
+
+    @property
+    def groups_per_update(self) -> int:
+        return self.train.prompts_per_step // self.train.mini_batches
+
+    @property
+    def knows_old_policy(self) -> bool:
+        """Whether log pi_old is the trainer's own, so that staleness and engine mismatch can be told apart."""
+        return self.train.mode != "asynchronous" or self.asynchronous.old_logprobs == "exact"
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the trainer needs weights that it no longer has."""
+        asynchronous = self.asynchronous
+        return self.train.mode == "asynchronous" and self.knows_old_policy and asynchronous.max_staleness > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -88,7 +87,7 @@ def to_megatron(
             folder = partial.folder / HF_FOLDER
             folder.mkdir(exist_ok=True)
             carry_over(hf, folder)
-            _finish_config(folder / "config.json", partial, fp8=False)
+            _finish_config(folder / "config.json", partial)
             partial.commit()
     return Report(out, len(wanted), sum(wanted.values()), *report, tuple(notes))
 
@@ -124,7 +123,7 @@ def to_hf(
             change = _in_blocks(dtypes) if fp8 else _cast(dtypes)
             report = _transfer(source, target, partial, change, wanted, workers, "to HF", console)
             carry_over(hf, partial.folder)
-            _finish_config(partial.folder / "config.json", partial, fp8=fp8)
+            _finish_config(partial.folder / "config.json", partial)
             partial.commit()
     return Report(out, len(wanted), sum(wanted.values()), *report)
 
@@ -272,25 +271,8 @@ def _transfer(
     return time.perf_counter() - started, proven
 
 
-def _finish_config(file: Path, partial: Partial, *, fp8: bool) -> None:
+def _finish_config(file: Path, partial: Partial) -> None:
     """checksums.json, and a config.json that tells what the weights are now."""
     tensors = {name: entry for name in sorted(partial.done) for name, entry in partial.done[name].items()}
     write_json(partial.folder / CHECKSUM_FILE, {"algorithm": ALGORITHM, "tensors": tensors})
-    plain = {
-        name: entry
-        for name, entry in tensors.items()
-        if entry["dtype"] != "float8_e4m3fn" and not name.endswith(SCALE_SUFFIX)
-    }
-    fit_config(file, plain)
-    config = json.loads(file.read_text())
-    config.pop("quantization_config", None)
-    if fp8:
-        whole = [name for name in plain if name.endswith(".weight") and len(plain[name]["shape"]) == 2]
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": [name.removesuffix(".weight") for name in whole],
-        }
-    write_json(file, config)
+    fit_config(file, tensors)

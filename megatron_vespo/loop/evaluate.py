@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vespo.loop.record import record_evaluation
 from megatron_vespo.loop.run import Run
 
 
@@ -12,8 +13,9 @@ def evaluate(run: Run) -> dict[str, float]:
         return {}
     k = config.samples_per_prompt
     with run.phase("evaluate"):
-        greedy = run.sample(held_out, run.sampling(temperature=0.0), 1, batch="greedy")
-        drawn = run.sample(held_out, run.sampling(config.temperature, config.top_p), k, batch=f"avg@{k}")
+        greedy = run.sample(held_out, run.sampling(temperature=0.0), 1, step=run.step, batch="greedy")
+        sampling = run.sampling(config.temperature, config.top_p)
+        drawn = run.sample(held_out, sampling, k, step=run.step, batch=f"avg@{k}")
         run.score(greedy)
         run.score(drawn)
     result = {
@@ -21,5 +23,5 @@ def evaluate(run: Run) -> dict[str, float]:
         f"avg@{k}": sum(s.grade or 0.0 for s in drawn) / len(drawn),
         "n": len(held_out),
     }
-    run.record_evaluation(result)
+    record_evaluation(run, result)
     return result

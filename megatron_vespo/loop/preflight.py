@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.preflight_mode import check_mode
 from megatron_vespo.policy.architecture import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, check_weights, newest
 from megatron_vespo.policy.layout import ParallelLayout
@@ -51,6 +52,13 @@ class Plan:
             f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
             f"run          {config.directory}",
         ]
+        if config.keeps_weights:
+            copies = config.asynchronous.max_staleness // config.asynchronous.sync_every + 1
+            lines.insert(
+                3,
+                f"host memory  up to {copies} x {memory.weights / GIB:.1f} GiB a rank for weights that sampled "
+                "(asynchronous.old_logprobs = exact)",
+            )
         return "\n".join(lines + [f"missing      {item}" for item in self.missing])
 
 
@@ -66,12 +74,18 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     _check_weights(config, hf_config)
     _check_engines(config)
     _check_sync(config)
+    check_mode(config)
     try:
         check_router_losses(hf_config, config.model)
         objective_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    checkpoint = newest(config.directory / "checkpoints") if config.checkpoint.resume else None
+    checkpoint = newest(config.directory / "checkpoints")
+    if checkpoint is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume = false: {checkpoint.parent} holds the checkpoints of an earlier run, among which "
+            "those of this one would be lost. Set run_dir to a new folder, or move them away."
+        )
     if checkpoint is not None:
         try:
             check_same_model(checkpoint, hf_config)
@@ -239,11 +253,6 @@ def _check_sync(config: RunConfig) -> None:
                 f"sync.transport = shared_memory with rollout.urls of another machine, {elsewhere[0]}; "
                 "set sync.transport to broadcast or disk"
             )
-    if sync.transport == "disk" and config.rollout.engine == "sglang" and config.rollout.precision == "fp8":
-        raise ConfigError(
-            "sync.transport = disk with rollout.engine = sglang and rollout.precision = fp8: the folder holds no fp8 "
-            "blocks, which SGLang cannot make of it; set sync.transport to broadcast or shared_memory"
-        )
     if sync.transport == "disk" and elsewhere and sync.folder is None:
         raise ConfigError(
             f"sync.transport = disk with rollout.urls of another machine, {elsewhere[0]}, and no sync.folder; "

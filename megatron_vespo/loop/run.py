@@ -1,11 +1,11 @@
-"""The parts of one run, and the verbs the algorithms are written in (synchronous.py, evaluate.py)."""
+"""The parts of one run, and the verbs the algorithms are written in (synchronous.py and its siblings, evaluate.py)."""
 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,38 +14,31 @@ import numpy as np
 import torch
 
 from megatron_vespo.cluster.engine_group import EngineGroup
-from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.cluster.weight_sender import sync_folder
-from megatron_vespo.config.dotted import import_function
-from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
-from megatron_vespo.observe.mismatch import add_probe, mismatch_metrics
 from megatron_vespo.observe.progress import RunProgress, accuracy_lines
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
-from megatron_vespo.observe.timing import PhaseTimer, seconds_by_phase
-from megatron_vespo.observe.weight_health import health_metrics
+from megatron_vespo.observe.timing import PhaseTimer
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest, prune, read_state, step_folder
-from megatron_vespo.policy.routing_replay import routing_shape
-from megatron_vespo.rewards import build_reward
+from megatron_vespo.policy.checkpoint import complete, newest, prune, read_state, step_folder
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
-from megatron_vespo.rollout.episodes import Episode, play_groups
-from megatron_vespo.rollout.protocol import Engine, EngineError, SamplingParams
-from megatron_vespo.rollout.restart import ServedWeights
-from megatron_vespo.rollout.sampling import group_seeds, sample_groups
-from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
+from megatron_vespo.rollout.protocol import SamplingParams
+from megatron_vespo.rollout.sampling import GroupUnderWay, group_seeds, sample_groups, submit_groups
+from megatron_vespo.samples.dataset import PromptStream
+from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
-from megatron_vespo.samples.store import batch_file, keep_newest, write_batch
-from megatron_vespo.samples.weight_table import WeightTable, stacked
-from megatron_vespo.weights.sync import SyncError, SyncReport
-from megatron_vespo.weights.transports.disk import version_folder
+from megatron_vespo.samples.staleness import token_lags, versions_of, weigh_down
+from megatron_vespo.samples.store import batch_file, read_batch, stored_steps, write_batch
+from megatron_vespo.samples.weight_table import WeightTable
 
-PROBE_SEQUENCES = 4
+OF_OLD_POLICY = ("log_w_stale/", "log_w_engine/", "k3_stale", "k3_engine", "rollout_logprob_diff")
+"""Metrics of an update that mean what they say only where log pi_old is the trainer's (docs/async.md)."""
 
 
 @dataclass
@@ -54,7 +47,9 @@ class Run:
 
     config: RunConfig
     trainers: TrainerGroup
+    ledger: Ledger
     engines: EngineGroup
+    engine_weights: WeightSync
     rewards: RewardWorkers
     prompts: PromptStream
     held_out: list[Prompt]
@@ -71,7 +66,9 @@ class Run:
     metrics: MetricSums = field(default_factory=MetricSums)
     weights: list[WeightTable] = field(default_factory=list)
     """Of the updates since the last record."""
-    probe: list[Sample] = field(default_factory=list)
+    resumed: dict[str, Any] = field(default_factory=dict)
+    """The driver's state in the checkpoint that the run goes on from."""
+    _grading: threading.Lock = field(default_factory=threading.Lock)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         self.progress.phase(name)
@@ -97,32 +94,74 @@ class Run:
         sampling: SamplingParams,
         samples_per_prompt: int,
         *,
+        step: int,
         batch: str,
+        places: Sequence[int] | None = None,
         routing: RoutingShape | None = None,
     ) -> list[Sample]:
-        options: dict[str, Any] = dict(
-            samples_per_prompt=samples_per_prompt,
-            batch=f"{self.step}/{batch}",
-            seeds=group_seeds(self.config.seed, self.step, batch, len(prompts)),
-            tokenizer=self.tokenizer,
-            routing=routing,
-        )
+        """Responses of the rollout batch ``step``; ``batch`` tells batches of one step apart. ``places``: of the
+        prompts in it; None: they are all of it."""
+        places = range(len(prompts)) if places is None else places
+        options = self._options(samples_per_prompt, step, batch, places, routing)
         if self.play is not None:
             return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
         return sample_groups(self.engines.pool, prompts, sampling, **options)
 
-    def rollout(self, prompts: Sequence[Prompt], *, batch: str) -> list[Sample]:
+    def rollout(self, prompts: Sequence[Prompt], *, step: int, batch: str) -> list[Sample]:
+        """Prompt groups in the order of ``prompts``, to train on. What the ledger has of them from before a restart is
+        not sampled again."""
+        size = self.config.rollout.samples_per_prompt
+        names = self.ledger.ask(f"{step}/{batch}", prompts, size, step)
+        groups = self.ledger.recall(names)
+        missing = [place for place, name in enumerate(names) if name not in groups]
+        if missing:
+            options = dict(step=step, batch=batch, places=missing, routing=self.routing)
+            new = self.sample([prompts[i] for i in missing], self._training_sampling(), size, **options)  # type: ignore[arg-type]
+            self.generated(new)
+            groups |= {names[place]: new[i * size : (i + 1) * size] for i, place in enumerate(missing)}
+        return [sample for name in names for sample in groups[name]]
+
+    def generated(self, samples: Sequence[Sample]) -> None:
+        """Whole responses to train on, as they come from the engines."""
+        for sample in samples:
+            if self.config.train.mask_truncated and sample.finish_reason == "length":
+                sample.loss_mask = np.zeros_like(sample.loss_mask)
+        self.ledger.generated(samples)
+
+    def ask(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int]) -> list[GroupUnderWay]:
+        """To train on, without waiting: the groups at ``places`` of the rollout batch ``step``, one a prompt."""
+        options = self._options(self.config.rollout.samples_per_prompt, step, "train", places, self.routing)
+        if self.play is not None:
+            return submit_episodes(self.engines.pool, prompts, self.play, self._training_sampling(), **options)
+        return submit_groups(self.engines.pool, prompts, self._training_sampling(), **options)
+
+    def _training_sampling(self) -> SamplingParams:
         settings = self.config.rollout
-        sampling = self.sampling(settings.temperature, settings.top_p, settings.top_k)
-        samples = self.sample(prompts, sampling, settings.samples_per_prompt, batch=batch, routing=self.routing)
-        if self.config.train.mask_truncated:
-            for sample in samples:
-                if sample.finish_reason == "length":
-                    sample.loss_mask = np.zeros_like(sample.loss_mask)
-        return samples
+        return self.sampling(settings.temperature, settings.top_p, settings.top_k)
+
+    def _options(
+        self, size: int, step: int, batch: str, places: Sequence[int], routing: RoutingShape | None
+    ) -> dict[str, Any]:
+        return dict(
+            samples_per_prompt=size,
+            batch=f"{step}/{batch}",
+            seeds=group_seeds(self.config.seed, step, batch, places),
+            tokenizer=self.tokenizer,
+            routing=routing,
+        )
+
+    def reward(self, samples: Sequence[Sample]) -> None:
+        """Score those that have no reward yet, for the ledger too."""
+        new = [sample for sample in samples if sample.reward is None]
+        self.score(new)
+        self.ledger.scored(new)
+
+    def drop(self, groups: Sequence[Sequence[Sample]], reason: str) -> None:
+        self.ledger.dropped([sample.id for group in groups for sample in group], reason, self.version)
 
     def score(self, samples: Sequence[Sample]) -> None:
-        graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
+        with self._grading:
+            graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
         limit, settings = self.config.rollout.max_response_tokens, self.config.reward
         for sample, result in zip(samples, graded, strict=True):
             length = len(sample.response_tokens)
@@ -143,228 +182,114 @@ class Run:
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
 
+    def weigh_down_stale(self, samples: Sequence[Sample]) -> None:
+        """asynchronous.too_stale: down_weight."""
+        settings = self.config.asynchronous
+        if settings.too_stale == "down_weight":
+            found = weigh_down(samples, self.version, settings.max_staleness, settings.stale_weight)
+            self.metrics.add("down_weighted", found, len(samples))
+
     # ------------------------------------------------------------------------------------------ training
 
-    def recompute_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
-        """log pi_old: the trainer still holds the weights that sampled."""
-        metrics, found = self.trainers.compute_old_logprobs(mini_batch)
-        for name, (total, denominator) in metrics.items():
-            self.metrics.add(name, total, denominator)
-        for sample, logprobs in zip(mini_batch, found, strict=True):
-            sample.old_logprobs = logprobs
+    def find_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
+        """log pi_old: the trainer's under the weights that sampled, which it still holds or has kept; or, where the run
+        is told so, the engine's own."""
+        if not self.config.knows_old_policy:
+            for sample in mini_batch:
+                sample.old_logprobs = sample.rollout_logprobs
+            return
+        if not self.config.keeps_weights:
+            self._old_pass(mini_batch, None)
+            return
+        for version in versions_of(mini_batch) or [self.version]:
+            # R2 records an update's micro-batches whole, and the newest version's pass, the last, is what it replays.
+            whole = self.config.model.routing_replay in ("r2", "both")
+            members = [s for s in mini_batch if whole or not s.loss_mask.any() or version in versions_of([s])]
+            self._old_pass(members, version)
+
+    def _old_pass(self, samples: Sequence[Sample], version: int | None) -> None:
+        """None: the weights of now sampled all of it."""
+        metrics, found = self.trainers.compute_old_logprobs(samples, None if version == self.version else version)
+        self._add_metrics(metrics)
+        for sample, logprobs in zip(samples, found, strict=True):
+            if version is None or sample.old_logprobs is None:
+                sample.old_logprobs = logprobs
+            else:
+                sample.old_logprobs = np.where(sample.weight_versions == version, logprobs, sample.old_logprobs)
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
+        ids = [sample.id for sample in mini_batch]
+        self.ledger.assigned(ids, self.version)
         metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
-        for name, (total, denominator) in metrics.items():
-            self.metrics.add(name, total, denominator)
+        self._add_metrics(metrics)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
             sample.train_logprobs, sample.trained_version = trained, self.version
+        self.ledger.trained(ids, self.version)
         self.weights.append(weights)
-        lag = self.version - np.concatenate([s.weight_versions[s.loss_mask] for s in mini_batch])
+        lag = token_lags(mini_batch, self.version)
         self.metrics.add("staleness_mean", float(lag.sum()), float(len(lag)))
         self.metrics.add_maximum("staleness_max", float(lag.max(initial=0)))
         self.version += 1
 
+    def _add_metrics(self, metrics: dict[str, tuple[float, float]]) -> None:
+        for name, (total, denominator) in metrics.items():
+            # Without log pi_old what is stale and what is the engine's cannot be told apart.
+            if self.config.knows_old_policy or not name.startswith(OF_OLD_POLICY):
+                self.metrics.add(name, total, denominator)
+
+    @property
+    def served(self) -> int:
+        """The version that the engines serve."""
+        return self.engine_weights.served
+
     def sync_weights(self) -> None:
         """Bring every engine to the current version, and measure that it computes what the trainer computes."""
-        for name, value in self.publish_weights().metrics().items():
+        for name, value in self.engine_weights.publish(self.version).metrics().items():
             self.metrics.add(name, value, 1.0)
-        if self.probe:
-            self.probe_engines()
+        self.engine_weights.measure(self.version, self.metrics)
 
-    def publish_weights(self) -> SyncReport:
-        """To every engine that serves. One that dies meanwhile is restarted, and brought to this version then."""
-        pool, config = self.engines.pool, self.config
-        pool.find_dead()
-        while True:
-            urls = [engine.url for engine in (*pool.engines, *pool.stale)]
-            try:
-                with pool.updating():
-                    report = self.trainers.publish(self.version, urls, self.engines.key)
-                break
-            except EngineError:
-                if config.sync.transport == "broadcast":
-                    raise  # rank 0's device may stand in a broadcast that nobody ends
-                pool.find_dead()
-                if urls == [engine.url for engine in (*pool.engines, *pool.stale)]:
-                    raise
-        if config.sync.transport == "disk":
-            folder = version_folder(sync_folder(config), self.version)
-            pool.catch_up(ServedWeights(folder, self.version))
-        else:
-            pool.expect(None)
-            pool.admit(self.version)
-        return report
+    # ------------------------------------------------------------------------------------------ checkpoints
 
-    def probe_engines(self) -> None:
-        """How far the engines' log-probs of fixed responses are from the trainer's."""
-        expected = self.trainers.compute_logprobs(self.probe, 1.0)
-        sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
-        version, tolerance = self.version, self.config.sync.probe_tolerance
-
-        def differences(scores: Sequence[np.ndarray]) -> np.ndarray:
-            """[tokens] of one engine. Raises SyncError where one is too large."""
-            found = np.concatenate(
-                [
-                    ours - scored[len(sample.prompt.tokens) - 1 :]
-                    for sample, ours, scored in zip(self.probe, expected, scores, strict=True)
-                ]
-            )
-            worst = float(np.abs(found).max(initial=0.0))
-            if tolerance is not None and not worst <= tolerance:
-                raise SyncError(
-                    f"after the sync to version {version} an engine's log-probs differ from the trainer's by "
-                    f"{worst:.3g} (sync.probe_tolerance = {tolerance:g}): weights did not arrive whole, "
-                    "or precisions differ"
-                )
-            return found
-
-        add_probe(self.metrics, np.concatenate([differences(s) for s in self.engines.pool.score(sequences)]))
-
-        def proof(engine: Engine) -> None:
-            try:
-                differences(engine.score(sequences))
-            except SyncError as error:
-                raise EngineError(str(error)) from None
-
-        self.engines.pool.set_proof(proof)
-
-    # ------------------------------------------------------------------------------------------ records
-
-    def record_step(self, samples: Sequence[Sample]) -> None:
-        """One line of metrics.jsonl and of the screen; a few samples to read."""
-        self.probe = self.probe or [s for s in samples if len(s.response_tokens)][:PROBE_SEQUENCES]
-        seconds = seconds_by_phase(self.timer.take())
-        response_tokens = sum(len(s.response_tokens) for s in samples)
-        record = {
-            "step": self.step,
-            "version": self.version,
-            "time": time.time(),
-            "reward": float(np.mean([s.reward for s in samples])),
-            "accuracy": float(np.mean([(s.grade or 0.0) >= 1.0 for s in samples])),
-            "reward_errors": sum("reward_error" in s.metadata for s in samples),
-            "response_length": response_tokens / len(samples),
-            "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
-            "tokens_per_s": sum(s.length for s in samples) / sum(seconds.values()),
-            **self.metrics.means(),
-            **health_metrics(stacked(self.weights)),
-            **mismatch_metrics(samples),
-            **self.engines.pool.take_counts(),
-            "seconds": seconds,
-        }
-        self.metrics, self.weights = MetricSums(), []
-        self.writer.write(record)
-        self.writer.write_samples(self.step, samples[: self.config.log.samples_per_step])
-        if self.config.log.rollouts_kept:
-            folder = self.config.directory / "rollouts"
-            write_batch(batch_file(folder, self.step), samples)
-            keep_newest(folder, self.config.log.rollouts_kept)
-        self.progress.step(record)
-
-    def record_evaluation(self, result: dict[str, float]) -> None:
-        # Taking the spans keeps the evaluation's time out of the next step's.
-        seconds = seconds_by_phase(self.timer.take())
-        record = {"step": self.step, "version": self.version, "time": time.time(), "eval": result, "seconds": seconds}
-        self.writer.write(record)
-        self.progress.evaluation(record)
-
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, **state: Any) -> None:
+        """``state``: what the loop itself needs to go on, JSON-able."""
         with self.phase("checkpoint"):
             folder = self.config.directory / "checkpoints"
-            state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()}
+            state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()} | state
+            self.ledger.make_durable(self.version)
             self.trainers.save(step_folder(folder, self.step), state)
             prune(folder, self.config.checkpoint.keep)
+            kept = complete(folder)
+            # Before that many, damage to the newest would throw the run back to its start.
+            if len(kept) == self.config.checkpoint.keep:
+                self.ledger.release(read_state(kept[0])["version"])
 
-    def finish(self) -> None:
-        """The last checkpoint, the HF export and the report."""
-        self.save_checkpoint()
+    def store_batches(self, batches: Iterable[Sequence[Sample]]) -> None:
+        """Of a checkpoint that is about to be saved at this step: batches sampled and not trained yet."""
+        folder = self._ahead(self.step)
+        shutil.rmtree(folder, ignore_errors=True)
+        for place, samples in enumerate(batches):
+            write_batch(batch_file(folder, self.step + place), samples)
+        for other in folder.parent.glob("step_*"):
+            if other != folder and not step_folder(self.config.directory / "checkpoints", int(other.name[5:])).exists():
+                shutil.rmtree(other)
+
+    def stored_batches(self) -> list[list[Sample]]:
+        """Those of the checkpoint that the run goes on from. Raises StoreError."""
+        folder = self._ahead(self.step)
+        return [read_batch(batch_file(folder, step)) for step in stored_steps(folder)] if self.resumed else []
+
+    def _ahead(self, step: int) -> Path:
+        return self.config.directory / "ahead" / f"step_{step:06d}"
+
+    def finish(self, **state: Any) -> None:
+        """The last checkpoint, the HF export and the report. ``state``: as in save_checkpoint."""
+        folder = self.config.directory / "checkpoints"
+        if newest(folder) != step_folder(folder, self.step):
+            self.save_checkpoint(**state)
         if self.config.checkpoint.export_hf:
             self.trainers.export_hf(self.config.directory / "hf")
         self.writer.close()
         for line in accuracy_lines(read_records(self.config.directory / "metrics.jsonl")):
             self.progress.message(line)
         self.progress.message(f"report: {write_report(self.config.directory)}")
-
-
-@contextmanager
-def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
-    """Start every part, hand over the run, and end every part whatever happens."""
-    from transformers import AutoTokenizer
-
-    config = resolved.run
-    directory = config.directory
-    checkpoint = newest(directory / "checkpoints") if config.checkpoint.resume else None
-    state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
-    prompts.require(config.train.prompts_per_step)
-    reward = build_reward(config.reward.name)
-    play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
-    held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
-
-    with ExitStack() as stack:
-        writer = stack.enter_context(
-            RunWriter(
-                directory,
-                resumed_step=state["step"] if checkpoint else None,
-                wandb_mode=config.log.wandb,
-                project=config.log.project,
-                name=config.name,
-                config=config.model_dump(mode="json"),
-            )
-        )
-        stack.enter_context(ray_cluster(config))
-        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
-        stack.callback(rewards.close)
-        engines = EngineGroup(config, directory / "logs")
-        stack.callback(engines.close)
-        trainers = TrainerGroup(config, directory / "logs")
-        stack.callback(trainers.close)
-        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
-        run = Run(
-            config=config,
-            trainers=trainers,
-            engines=engines,
-            rewards=rewards,
-            prompts=prompts,
-            held_out=held_out[: config.evaluate.max_prompts],
-            tokenizer=tokenizer,
-            play=play,
-            writer=writer,
-            progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
-            routing=_engine_routing(config),
-            step=state["step"],
-            version=state["version"],
-        )
-        if checkpoint:
-            trainers.load(checkpoint)
-            prompts.restore(state["prompts"])
-        if config.sync.transport != "disk":
-            engines.pool.refresh = run.publish_weights
-        if checkpoint or config.rollout.urls or config.model.weights:
-            # Engines were launched from model.path; those that someone else started may hold anything.
-            run.sync_weights()
-        yield run
-
-
-def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
-    data = config.data
-    return load_prompts(
-        path,
-        tokenizer,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        template=data.template,
-        suffix=data.suffix,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
-
-
-def _engine_routing(config: RunConfig) -> RoutingShape | None:
-    """What the engines are asked to return with each response."""
-    from transformers import AutoConfig
-
-    return routing_shape(AutoConfig.from_pretrained(config.model.path)) if config.model.replays_engine_routing else None

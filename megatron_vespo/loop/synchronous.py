@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_vespo.loop.collect import collect
 from megatron_vespo.loop.evaluate import evaluate
+from megatron_vespo.loop.record import record_step
 from megatron_vespo.loop.run import Run
 from megatron_vespo.samples.records import Sample
 
@@ -15,12 +16,12 @@ def train(run: Run) -> None:
         evaluate(run)
 
     while run.step < config.train.steps:
-        samples = collect(run)
+        samples = collect(run, run.step)
         run.assign_advantages(samples)
         mini_batches = split(samples, config.train.mini_batches)
         with run.phase("old log-probs"):
             for mini_batch in mini_batches:
-                run.recompute_old_logprobs(mini_batch)
+                run.find_old_logprobs(mini_batch)
 
         for mini_batch in mini_batches:
             with run.phase("train"):
@@ -29,7 +30,7 @@ def train(run: Run) -> None:
 
         with run.phase("sync"):
             run.sync_weights()
-        run.record_step(samples)
+        record_step(run, samples)
         if run.due(config.evaluate.every) and run.step < config.train.steps:
             evaluate(run)
         if run.due(config.checkpoint.every):

@@ -62,7 +62,7 @@ class MetricSums:
 
         A metric whose denominator is 0 is left out: it has no value, nor is it 0. From ``x/mean`` and
         ``x/mean_square`` follow ``x/std`` (of the population) and ``x/ess`` = (sum x)^2 / (n sum x^2), the effective
-        sample size of weights x as a share of n.
+        sample size of weights x (not of their logarithms) as a share of n.
         """
         means = {name: total / denominator for name, (total, denominator) in self.sums.items() if denominator}
         derived: dict[str, float] = {}
@@ -71,7 +71,7 @@ class MetricSums:
             if kind == "mean_square" and f"{quantity}/mean" in means:
                 mean = means[f"{quantity}/mean"]
                 derived[f"{quantity}/std"] = math.sqrt(max(mean_square - mean * mean, 0.0))
-                if mean_square > 0:
+                if mean_square > 0 and not quantity.startswith("log_"):
                     derived[f"{quantity}/ess"] = mean * mean / mean_square
         return means | derived | self.maxima
 

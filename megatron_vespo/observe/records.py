@@ -1,7 +1,8 @@
 """Reading metrics.jsonl: one JSON object a line, a training step or an evaluation.
 
 A step: ``{"step", "version", "time", "reward", ..., "seconds": {phase: s}}``; an evaluation: ``{"step", "eval":
-{"greedy", "avg@4", "n", ...}}``, step 0 being the policy before training. Every other key is optional.
+{"greedy", "avg@4", "n", ...}}``, step 0 being the policy before training. Every other key is optional. Both may have
+a ``timeline``, [lane, phase, start, end] each; a step ``staleness_tokens``, {lag: tokens trained at it}.
 """
 
 from __future__ import annotations

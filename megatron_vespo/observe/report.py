@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_vespo.observe import markup, plots
+from megatron_vespo.observe import markup, plots, utilisation
 from megatron_vespo.observe.records import Record, number, read_records
 
 SAMPLES_SHOWN = 4
@@ -86,17 +86,21 @@ def render(
     throughput = panels(plots.THROUGHPUT)
     if seconds := plots.draw_seconds(steps):
         throughput.append(markup.figure("Time by phase", "Where the wall time of each step went.", seconds))
+    off_policy = panels(plots.OFF_POLICY)
+    if lags := utilisation.draw_staleness(steps):
+        off_policy.append(markup.figure("Staleness of all trained tokens", "Updates behind, over the whole run.", lags))
     body = [
         _header(run_name, config, steps),
         _tiles(steps, evaluations),
         markup.section("Learning", markup.grid(panels(plots.LEARNING))),
         markup.section("Held-out accuracy", _evaluation_table(evaluations)),
-        markup.section("Off-policy health", markup.grid(panels(plots.OFF_POLICY))),
+        markup.section("Off-policy health", markup.grid(off_policy)),
         markup.section(_mismatch_title(config), markup.grid(panels(plots.MISMATCH)) + mismatch),
         markup.section("Sequence weights", markup.grid(panels(plots.WEIGHTS))),
         stored,
         markup.section("Optimisation", markup.grid(panels(plots.OPTIMISATION))),
         markup.section("Throughput", markup.grid(throughput)),
+        markup.section("Utilisation", _timeline(records) + markup.grid(panels(utilisation.UTILISATION))),
         markup.section("Samples", _samples(samples)),
         markup.section(
             "Configuration",
@@ -106,6 +110,12 @@ def render(
         else "",
     ]
     return markup.document(_name(run_name, config), body)
+
+
+def _timeline(records: Sequence[Record]) -> str:
+    svg = utilisation.draw_timeline(records)
+    note = "Who worked when, in the middle of the run: the trainer's phases, and when each engine had requests."
+    return markup.figure("Timeline", note, svg) if svg else ""
 
 
 def _parsed(config_text: str) -> dict[str, Any]:
@@ -133,6 +143,7 @@ def _header(run_name: str, config: dict[str, Any], steps: Sequence[Record]) -> s
     facts = [
         ("objective", _setting(config, "objective", "name")),
         ("aggregation", _setting(config, "objective", "aggregation")),
+        ("mode", _setting(config, "train", "mode")),
         ("engine", _setting(config, "rollout", "engine")),
         ("precision", _setting(config, "rollout", "precision")),
         ("layout", " ".join(layout)),

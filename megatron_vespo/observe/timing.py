@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +60,8 @@ def seconds_by_phase(spans: list[Span]) -> dict[str, float]:
     for span in sorted(spans, key=lambda span: span.start):
         seconds[span.phase] = seconds.get(span.phase, 0.0) + span.end - span.start
     return seconds
+
+
+def timeline(spans: Iterable[tuple[str, Span]]) -> list[list[Any]]:
+    """The record's ``timeline``: [lane, phase, start, end] of each (lane, span), to the millisecond."""
+    return [[lane, span.phase, round(span.start, 3), round(span.end, 3)] for lane, span in spans]

@@ -17,8 +17,8 @@ FAMILIES = ("deepseek_v3", "glm4_moe", "llama", "mixtral", "qwen2", "qwen3", "qw
 """Values of ``model_type`` that are built."""
 
 NOT_BUILT = {
-    "gpt_oss": "neither megatron-core's local attention nor ours (policy/attention.py) has attention sinks or sliding "
-    "windows, and its experts' clamped, biased activation is not mapped",
+    "gpt_oss": "attention over packed rows (policy/attention.py) has no attention sinks and no sliding windows, and "
+    "tensors that hold all experts of a layer, gate and up interleaved, are not mapped (docs/weights.md)",
 }
 """Values of ``model_type`` that are asked for and are not built, and why."""
 

@@ -1,21 +1,27 @@
 """Save and load the trainer's state by megatron-core's dist_checkpointing, loadable under another layout.
 
-A checkpoint is a folder ``step_000010`` that appears by rename once it is whole; beside the tensors it holds
-``state.json``: the driver's own state (step, weight version, data order) and the shape of the model. No generator's
-state is kept because none is used: the model has no dropout, and sampling seeds are counted, not drawn.
+A checkpoint is a folder ``step_000010`` that appears by rename once it is whole and on disk; beside the tensors it
+holds ``state.json``: the driver's own state (step, weight version, data order), the shape of the model, size and digest
+of every other file, and a digest of its own. One that lacks a file or a byte is passed over (:func:`newest`), one with
+a changed byte is found by :func:`damage` before it is loaded. No generator's state is kept because none is used: the
+model has no dropout, and sampling seeds are counted, not drawn.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import xxhash
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -25,7 +31,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from transformers import AutoConfig
 
+from megatron_vespo import platform
+from megatron_vespo.samples.disk import file_digest, free_bytes, require_space
+
 STATE_FILE = "state.json"
+HEADER_BYTES = 4096
+"""More than a tensor takes beside its bytes."""
 HF_FOLDER = "hf"
 """Inside a converted checkpoint: all of the HF folder but its weights."""
 _SHAPE = (
@@ -56,25 +67,72 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints`` folder."""
-    return max(_complete(checkpoints), key=_step, default=None)
+    return next(reversed(complete(checkpoints)), None)
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Those that lack no file and no byte, the oldest first."""
+    return sorted((folder for folder in _named(checkpoints) if _is_complete(folder)), key=_step)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The driver's state saved in a checkpoint. Raises :class:`CheckpointError`."""
-    try:
-        return json.loads((folder / STATE_FILE).read_text())["driver"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE}: not a complete checkpoint ({error})") from None
+    return _read(folder)["driver"]
+
+
+def set_incomplete_aside(checkpoints: Path) -> list[Path]:
+    """Renames every checkpoint that lacks a file or a byte to ``<name>.damaged``; returns where they were."""
+    incomplete = [folder for folder in _named(checkpoints) if not _is_complete(folder)]
+    for folder in incomplete:
+        set_aside(folder)
+    return incomplete
+
+
+def set_aside(folder: Path) -> None:
+    aside = folder.with_name(folder.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Files of a checkpoint whose bytes are not those that were written, of every ``shares``-th file from ``share``."""
+    digests = {name: digest for name, (_, digest) in sorted(_read(folder)["files"].items())}
+    mine = list(digests)[share::shares]
+    return [name for name in mine if not (folder / name).is_file() or file_digest(folder / name) != digests[name]]
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what interrupted saves left."""
-    for folder in [*sorted(_complete(checkpoints), key=_step)[:-keep], *checkpoints.glob("step_*.partial")]:
+    """Remove all but the newest ``keep`` checkpoints, what interrupted saves left, and what was set aside."""
+    leftovers = [path for suffix in ("partial", "damaged") for path in checkpoints.glob(f"step_*.{suffix}")]
+    for folder in [*complete(checkpoints)[:-keep], *leftovers]:
         shutil.rmtree(folder)
 
 
-def _complete(checkpoints: Path) -> list[Path]:
-    return [p for p in checkpoints.glob("step_*") if p.suffix != ".partial" and (p / STATE_FILE).exists()]
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / STATE_FILE).read_text())
+        if record.get("digest", digest := _record_digest(record)) != digest:
+            raise ValueError("not the bytes that were written")
+        return {"driver": record["driver"], "model": record["model"], "files": record.get("files", {})}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE}: not a complete checkpoint ({error})") from None
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    content = {name: value for name, value in record.items() if name != "digest"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _named(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        files = _read(folder)["files"]
+        return all((folder / name).stat().st_size == size for name, (size, _) in files.items())
+    except (OSError, CheckpointError):
+        return False
 
 
 def _step(folder: Path) -> int:
@@ -83,8 +141,8 @@ def _step(folder: Path) -> int:
 
 def check_same_model(folder: Path, hf_config: Any) -> None:
     """Raises :class:`CheckpointError` when the checkpoint is of a model of another shape."""
-    mend = "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
-    _compare(folder, json.loads((folder / STATE_FILE).read_text())["model"], hf_config, mend)
+    mend = "Set model.path to the model it was trained from, or run_dir to a new folder."
+    _compare(folder, _read(folder)["model"], hf_config, mend)
 
 
 def _compare(folder: Path, saved: dict[str, Any], hf_config: Any, mend: str) -> None:
@@ -97,7 +155,7 @@ def _compare(folder: Path, saved: dict[str, Any], hf_config: Any, mend: str) -> 
 def check_weights(folder: Path, hf_config: Any) -> None:
     """Raises :class:`CheckpointError` for a distributed checkpoint of a model of another shape."""
     if (folder / STATE_FILE).is_file():
-        saved = json.loads((folder / STATE_FILE).read_text())["model"]
+        saved = _read(folder)["model"]
     elif (folder / HF_FOLDER / "config.json").is_file():
         saved = _shape(AutoConfig.from_pretrained(folder / HF_FOLDER))
     else:
@@ -113,21 +171,64 @@ def save_checkpoint(
     scheduler: OptimizerParamScheduler,
     driver_state: dict[str, Any],
 ) -> None:
-    """Collective. Writes ``<folder>.partial``, then renames it."""
+    """Collective. Writes ``<folder>.partial``, then renames it. Raises :class:`~megatron_vespo.samples.disk.DiskFull`,
+    on all ranks, before anything is written."""
+    state = _sharded_state(models, optimizer, scheduler, loading=False)
+    _require_space(folder, state)
     partial = folder.with_name(folder.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = _sharded_state(models, optimizer, scheduler, loading=False)
     dist_checkpointing.save(state, str(partial), get_default_save_sharded_strategy("torch_dist", 1))
     dist.barrier()
+    files = _sealed(partial)
     if dist.get_rank() == 0:
-        record = {"driver": driver_state, "model": _shape(hf_config)}
-        (partial / STATE_FILE).write_text(json.dumps(record, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
+        record: dict[str, Any] = {"driver": driver_state, "model": _shape(hf_config), "files": files}
+        record["digest"] = _record_digest(json.loads(json.dumps(record)))
+        with (partial / STATE_FILE).open("w") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if folder.exists():
+            set_aside(folder)
         partial.rename(folder)
+        _sync_folder(folder.parent)
     dist.barrier()
+
+
+def _require_space(folder: Path, state: dict[str, Any]) -> None:
+    """Raises DiskFull on every rank where the tensors of all do not fit on the fullest of their disks."""
+    parts = [p for p in nested_values(state) if isinstance(p, ShardedTensor | ShardedTensorFactory)]
+    mine = sum(HEADER_BYTES + p.data.nbytes for p in parts if p.data is not None and is_main_replica(p.replica_id))
+    needed = torch.tensor([mine], dtype=torch.int64, device=platform.current().device)
+    free = torch.tensor([free_bytes(folder)], dtype=torch.int64, device=platform.current().device)
+    dist.all_reduce(needed)
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    require_space(folder.parent, int(needed), f"checkpoint {folder.name}", free=int(free))
+
+
+def _sealed(partial: Path) -> dict[str, tuple[int, str]]:
+    """Name -> (bytes, digest) of every file, each read by one rank; on rank 0."""
+    names, rank, ranks = sorted(path.name for path in partial.iterdir()), dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    mine = {name: ((partial / name).stat().st_size, file_digest(partial / name)) for name in names[rank::ranks]}
+    (partial / f"digests.{rank}.json").write_text(json.dumps(mine))
+    dist.barrier()
+    files: dict[str, tuple[int, str]] = {}
+    if rank == 0:
+        for part in sorted(partial.glob("digests.*.json")):
+            files |= json.loads(part.read_text())
+            part.unlink()
+    return dict(sorted(files.items()))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.policy.architecture import num_experts
+from megatron_vespo.policy.architecture import has_latent_attention, head_dim, num_experts
 from megatron_vespo.policy.fused_logprobs import TILE_COLUMNS, TILE_TOKENS
 from megatron_vespo.policy.layout import ParallelLayout
 
@@ -36,7 +36,8 @@ class MemoryEstimate:
 
 def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -> MemoryEstimate:
     """Weights, gradients and optimizer exactly as sharded (norms counted as if sharded too); activations roughly:
-    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise, and the log-probs."""
+    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise (and the queries, keys
+    and values of multi-latent attention), and the log-probs."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -45,7 +46,9 @@ def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -
     routed = getattr(hf_config, "num_experts_per_tok", 0) or 0
     active = dense + (experts * routed // num_experts(hf_config) if experts else 0)
 
-    dense_here = dense // (layout.tensor * layout.pipeline)
+    # Every tensor-parallel rank holds the down-projections of multi-latent attention (policy/model.py).
+    latent = sum(n for name, n in sizes.items() if name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight")))
+    dense_here = (dense - latent) // (layout.tensor * layout.pipeline) + latent // layout.pipeline
     experts_here = experts // (layout.expert * layout.expert_tensor * layout.pipeline)
     width = getattr(torch, config.model.dtype).itemsize
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
@@ -56,7 +59,11 @@ def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -
 
     tokens = config.train.tokens_per_micro_batch // layout.context
     rows = tokens // (layout.tensor if layout.sequence else 1)
-    tensors_a_layer = 1 if config.model.recompute == "full" else 16
+    a_layer = hf_config.hidden_size
+    if config.model.recompute != "full":
+        a_layer *= 16
+        if has_latent_attention(hf_config):
+            a_layer += 2 * hf_config.num_attention_heads * (head_dim(hf_config) + hf_config.v_head_dim)
     in_flight = layout.pipeline  # micro-batches a 1F1B first stage holds
     layers = hf_config.num_hidden_layers // layout.pipeline
     columns = hf_config.vocab_size // layout.tensor
@@ -72,5 +79,5 @@ def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -
         weights=(dense_here + experts_here) * width,
         gradients=(dense_here + experts_here) * GRADIENT_BYTES,
         optimizer=states * optimizer,
-        activations=rows * hf_config.hidden_size * width * tensors_a_layer * layers * in_flight + logprobs,
+        activations=rows * a_layer * width * layers * in_flight + logprobs,
     )

@@ -21,7 +21,7 @@ class LatentRotary(RotaryEmbedding):
     """What multi-latent attention with ``rope_type = "yarn"`` calls, for a checkpoint's own frequencies.
 
     megatron-core's has another factor of cosines and sines than transformers where config.json gives
-    ``attention_factor``, or not both of ``mscale`` and ``mscale_all_dim``.
+    ``attention_factor``, or ``mscale`` and ``mscale_all_dim`` not together.
     """
 
     def __init__(

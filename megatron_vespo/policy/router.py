@@ -55,19 +55,29 @@ class RouterLosses:
                     module.losses = self
 
     def share(
-        self, logits: torch.Tensor, chosen: torch.Tensor, members: torch.Tensor, topk: int, group: dist.ProcessGroup
+        self,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        members: torch.Tensor,
+        topk: int,
+        group: dist.ProcessGroup,
+        *,
+        sigmoid: bool,
     ) -> torch.Tensor:
         """What this rank's t tokens add to the loss by one layer, a scalar with grad.
 
         logits: [t, E]. chosen: [t, E] bool, the topk experts each token is sent to. members: [S, t] bool, the real
-        tokens of each sequence. group: the ranks that share these sequences' tokens.
+        tokens of each sequence. group: the ranks that share these sequences' tokens. sigmoid: whether a token's
+        affinities are sigmoids of its logits; else they are their softmax.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         z = balance = logits.new_zeros(())
         if self.z:
             z = (logits.logsumexp(-1).square() * members.any(0)).sum() / self.total_tokens
         if self.balance:
-            balance = _balance_sum(logits, chosen, members.to(logits.dtype), topk, group) / self.total_sequences
+            affinities = logits.sigmoid() if sigmoid else logits.softmax(-1)
+            shares = affinities / affinities.sum(-1, keepdim=True)
+            balance = _balance_sum(shares, chosen, members.to(logits.dtype), topk, group) / self.total_sequences
         self.values += torch.stack([z, balance]).detach()
         return self.z * z + self.balance * balance
 
@@ -81,16 +91,16 @@ class RouterLosses:
 
 
 def _balance_sum(
-    logits: torch.Tensor, chosen: torch.Tensor, members: torch.Tensor, topk: int, group: dist.ProcessGroup
+    shares: torch.Tensor, chosen: torch.Tensor, members: torch.Tensor, topk: int, group: dist.ProcessGroup
 ) -> torch.Tensor:
     """DeepSeek-V3's sequence-wise balance loss (arXiv 2412.19437, eq. 17-20) added over the sequences: E / (k T) sum_e
-    count_e mean_t P_te, P being the softmax over all experts. Counts are constants: they alone are added over
+    count_e mean_t P_te, P [t, E] being each token's ``shares``. Counts are constants: they alone are added over
     ``group``, and a token's gradient stays with the token."""
-    counts = members @ chosen.to(logits.dtype)
+    counts = members @ chosen.to(shares.dtype)
     dist.all_reduce(counts, group=group)
     lengths = counts.sum(-1, keepdim=True) / topk
-    weights = members.T @ (logits.shape[-1] / (topk * lengths.square()) * counts)
-    return (weights * logits.softmax(-1)).sum()
+    weights = members.T @ (shares.shape[-1] / (topk * lengths.square()) * counts)
+    return (weights * shares).sum()
 
 
 class LossRouter(TopKRouter):
@@ -110,7 +120,9 @@ class LossRouter(TopKRouter):
         probs, chosen = super().routing(logits)
         # The first forward of a recomputed layer runs without gradients: there the second one counts.
         if padding_mask is not None and torch.is_grad_enabled():
-            loss = self.losses.share(logits.flatten(0, 1), chosen, padding_mask.T, self.topk, self.tp_cp_group)
+            sigmoid = self.score_function == "sigmoid"
+            tokens = logits.flatten(0, 1)
+            loss = self.losses.share(tokens, chosen, padding_mask.T, self.topk, self.tp_cp_group, sigmoid=sigmoid)
             probs = _AddLoss.apply(probs, loss)
         return probs, chosen
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
+from megatron_vespo.policy.past_weights import PastWeights
 from megatron_vespo.policy.response_weights import weigh
 from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch_metric
@@ -85,6 +87,7 @@ class PolicyTrainer:
             total_updates=config.train.steps * config.train.mini_batches,
         )
         self.objective = objective_of(config)
+        self.past = PastWeights(self.models)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -110,7 +113,7 @@ class PolicyTrainer:
         router_metrics = router_losses.metrics() if router_losses is not None else {}
         router_metrics |= mismatch_metric("routing_mismatch_update", routings)
         self.scheduler.step(1)
-        if self.config.optimizer.ess_step != "off":
+        if self.config.optimizer.ess_step != "none":
             scale_learning_rate(self.optimizer, metrics, self.config.optimizer.ess_step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
@@ -125,13 +128,22 @@ class PolicyTrainer:
         weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
         return UpdateResult(metrics, logprobs, weights)
 
-    def compute_old_logprobs(self, samples: Sequence[Sample]) -> tuple[dict[int, np.ndarray], MetricTable]:
+    def keep_weights(self, version: int, oldest: int) -> None:
+        """Remember the current weights as those of ``version``; forget versions before ``oldest``."""
+        self.past.keep(version, oldest)
+
+    def compute_old_logprobs(
+        self, samples: Sequence[Sample], version: int | None = None
+    ) -> tuple[dict[int, np.ndarray], MetricTable]:
         """Position in ``samples`` -> [response] float32 log pi_old, at the rollout's temperature; and metrics.
 
-        ``samples`` are those of one mini-batch: with routing replay its update goes where this pass went."""
+        Under the weights of ``version``, which are kept; None: under those of now. ``samples`` are those of one
+        mini-batch: with routing replay its update goes where this pass went. Raises KeyError for a version that is not
+        kept."""
         batches = self._batches(samples)
         routings = self._routings(samples, batches, self.routing_replay.of_old_pass) if self.routing_replay else None
-        logprobs = self._logprobs(samples, batches, self.config.rollout.temperature, routings)
+        with nullcontext() if version is None else self.past.in_place(version):
+            logprobs = self._logprobs(samples, batches, self.config.rollout.temperature, routings)
         return logprobs, mismatch_metric("routing_mismatch_engine", routings)
 
     def compute_logprobs(self, samples: Sequence[Sample], temperature: float) -> dict[int, np.ndarray]:
@@ -232,6 +244,10 @@ class PolicyTrainer:
 
     def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
         checkpoint.save_checkpoint(folder, self.hf_config, self.models, self.optimizer, self.scheduler, driver_state)
+
+    def damage(self, folder: Path) -> list[str]:
+        """Files of this rank's share of a checkpoint that are not what was written."""
+        return checkpoint.damage(folder, dist.get_rank(), dist.get_world_size())
 
     def load(self, folder: Path) -> None:
         checkpoint.check_same_model(folder, self.hf_config)

@@ -1,5 +1,8 @@
 """Grading in processes that can be killed: a hang or a crash costs one response its reward, never the run.
 
+A worker that someone else kills (SIGKILL: the kernel's out-of-memory killer, an operator) costs nothing: what it had is
+graded again, in another one.
+
 A worker is a fresh interpreter, ``python -m megatron_vespo.rewards.worker``, that speaks through one inherited pipe.
 Not multiprocessing's spawn, which re-imports the parent's main module (and with it torch) into every worker; not fork,
 which is unsafe under threads and CUDA.
@@ -15,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
@@ -26,6 +29,8 @@ from megatron_vespo.rewards import RewardError, RewardFunction, build_reward
 START_TIMEOUT_S = 120.0
 """A worker imports sympy before it is ready; on a loaded machine that takes seconds."""
 MAX_CHUNK = 16
+MAX_KILLS = 3
+"""Workers that may be killed over one response before it scores 0; and while they start, before the run ends."""
 MEMORY_LIMIT_BYTES = 8 * 2**30
 """Address space of a worker: expanding (x+y+z)^{2000} must end in a MemoryError, not in the machine's swap."""
 
@@ -46,6 +51,8 @@ class GradingCounts:
     """The function raised, or returned no finite number."""
     timeouts: int = 0
     crashes: int = 0
+    kills: int = 0
+    """Workers that someone else killed."""
     seconds: float = 0.0
     """Wall time inside :meth:`RewardWorkers.score`."""
 
@@ -75,6 +82,8 @@ class RewardWorkers:
             )
         self.timeout_s = timeout_s
         self.counts = GradingCounts()
+        self._killed_with: Counter[int] = Counter()
+        """Index of a pair -> workers that were killed while they graded it."""
         self._workers = [self._start() for _ in range(workers)]
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
@@ -82,6 +91,7 @@ class RewardWorkers:
         started = time.perf_counter()
         results: list[Scored | None] = [None] * len(pairs)
         queue = deque(range(len(pairs)))
+        self._killed_with.clear()
         chunk = max(1, min(MAX_CHUNK, math.ceil(len(pairs) / (4 * len(self._workers)))))
         while queue or any(worker.pending for worker in self._workers):
             for index, worker in enumerate(self._workers):
@@ -152,6 +162,11 @@ class RewardWorkers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(timeout=5)
         self._stop(worker)
+        killed = not timed_out and worker.process.returncode == -signal.SIGKILL
+        if killed and self._forgiven(worker):
+            queue.extendleft(reversed(worker.pending))
+            self._workers[index] = self._start()
+            return
         if not worker.ready:
             raise RewardError(
                 f"a grading worker for {self.path} did not start (exit code {worker.process.returncode}); "
@@ -167,6 +182,13 @@ class RewardWorkers:
         results[guilty] = Scored(0.0, error)
         queue.extendleft(reversed(worker.pending))
         self._workers[index] = self._start()
+
+    def _forgiven(self, worker: _Worker) -> bool:
+        """Whether what a killed worker had is worth another try: not where it takes every worker with it."""
+        self.counts.kills += 1
+        guilty = worker.pending[0] if worker.pending else -1  # it had not come to be ready
+        self._killed_with[guilty] += 1
+        return self._killed_with[guilty] <= MAX_KILLS
 
     @staticmethod
     def _stop(worker: _Worker) -> None:

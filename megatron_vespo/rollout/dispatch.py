@@ -22,6 +22,7 @@ from megatron_vespo.rollout.balance import Balance
 from megatron_vespo.rollout.client import calls_of
 from megatron_vespo.rollout.health import sign_of_life
 from megatron_vespo.rollout.jobs import Job, Piece
+from megatron_vespo.rollout.occupancy import Occupancy
 from megatron_vespo.rollout.protocol import Engine, EngineDown, EngineError, Generation
 from megatron_vespo.rollout.restart import Restarts
 
@@ -80,6 +81,7 @@ class Dispatcher:
         self.broken: EngineError | None = None
         """Why no request can be answered any more."""
         self.counts: Counter[str] = Counter()
+        self.occupancy = Occupancy()
         self._waiting: deque[Piece] = deque()
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -192,6 +194,7 @@ class Dispatcher:
 
     def _send(self, seat: Seat, call: Call) -> None:
         seat.calls.append(call)
+        self.occupancy.busy(seat.index)
         call.task = self._start(self._ask(seat, call))
         if seat.watch is None or seat.watch.done():
             seat.watch = self._start(self._watch(seat))
@@ -227,6 +230,8 @@ class Dispatcher:
     def _end(self, seat: Seat, call: Call) -> list[Piece]:
         """The call is over, answered or given up; returns its pieces."""
         seat.calls.remove(call)
+        if not seat.calls:
+            self.occupancy.idle(seat.index)
         for piece, work in zip(call.pieces, call.work, strict=True):
             self.balance.end(seat.index, piece.request, work)
         if call.task is not None and call.task is not asyncio.current_task():

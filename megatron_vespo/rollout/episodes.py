@@ -15,14 +15,16 @@ tokens with those of the environment between them: nothing is ever retokenised.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_vespo.rollout.protocol import EngineError, GenerateRequest, Generation, SamplingParams
+from megatron_vespo.rollout.sampling import GroupUnderWay
 from megatron_vespo.samples.records import FinishReason, Prompt, RoutingShape, Sample
 
 THREADS = 256
@@ -162,6 +164,38 @@ def play_groups(
 
     with ThreadPoolExecutor(max(1, min(THREADS, len(episodes)))) as threads:
         return list(threads.map(run, episodes))
+
+
+def submit_episodes(
+    engines: Sampler,
+    prompts: Sequence[Prompt],
+    play: Callable[[Episode], None],
+    sampling: SamplingParams,
+    *,
+    samples_per_prompt: int,
+    batch: str,
+    seeds: Sequence[int],
+    tokenizer: Any,
+    routing: RoutingShape | None = None,
+) -> list[GroupUnderWay]:
+    """As :func:`play_groups`, each prompt's in threads of their own, without waiting."""
+
+    def under_way(prompt: Prompt, seed: int) -> GroupUnderWay:
+        done: Future[list[Sample]] = Future()
+
+        def run() -> None:
+            options: dict[str, Any] = dict(samples_per_prompt=samples_per_prompt, batch=batch, seeds=[seed])
+            try:
+                done.set_result(
+                    play_groups(engines, [prompt], play, sampling, tokenizer=tokenizer, routing=routing, **options)
+                )
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name=f"episodes {prompt.id}", daemon=True).start()
+        return GroupUnderWay(f"{batch}/{prompt.id}", done, done.result)
+
+    return [under_way(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_vespo.rollout import io_loop
 from megatron_vespo.rollout.dispatch import Dispatcher, Patience, Seat
 from megatron_vespo.rollout.jobs import Job
+from megatron_vespo.rollout.occupancy import BusySpan
 from megatron_vespo.rollout.protocol import (
     Engine,
     EngineDown,
@@ -80,7 +81,7 @@ class EnginePool:
                 done, waiting = wait(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()  # raises the first error, while others may still be under way
-                self._refresh_stale()
+                self.refresh_stale()
             return [job.done.result() for job in jobs]
         except BaseException:
             io_loop.call(self._dispatcher.drop, jobs)
@@ -179,9 +180,10 @@ class EnginePool:
 
         io_loop.wait_for(look())
 
-    def _refresh_stale(self) -> None:
-        """In the thread of a caller that waits, so that nothing is trained meanwhile."""
-        if self.refresh is None or not io_loop.call(self._dispatcher.stale):
+    def refresh_stale(self) -> None:
+        """Let whoever streams weights give them to engines that wait for them; in the thread of a caller that waits, so
+        that nothing is trained meanwhile. Raises what broke the pool, if something did."""
+        if self.refresh is None or not self.stale:
             return
         if self._refreshing.acquire(blocking=False):
             try:
@@ -203,7 +205,7 @@ class EnginePool:
             answers = io_loop.wait_for(self._each(ask))
             if answers:
                 return answers
-            self._refresh_stale()
+            self.refresh_stale()
             io_loop.wait_for(asyncio.sleep(0.2))
 
     def pause(self, mode: PauseMode = "retract") -> None:
@@ -228,6 +230,10 @@ class EnginePool:
             return dict(counts)
 
         return io_loop.call(take)
+
+    def take_busy(self) -> list[BusySpan]:
+        """When the engines had requests, since the last call."""
+        return io_loop.call(self._dispatcher.occupancy.take)
 
     def close(self) -> None:
         """Give up what is asked for, and restart nothing more; the engines run on."""

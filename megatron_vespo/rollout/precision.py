@@ -47,14 +47,19 @@ def check_block_fp8(model_path: Path) -> None:
     SGLang 0.5.21 quantises other checkpoints while loading, a scale an output channel or an expert (Fp8LinearMethod,
     Fp8MoEMethod), into parameters that have lost their weight loaders: the first weight update would fail.
     """
+    if not is_block_fp8(model_path):
+        raise EngineError(
+            f"rollout.precision = fp8: the weights in {model_path} are not fp8 in blocks of {BLOCK} x {BLOCK} "
+            "(quantization_config of its config.json), and SGLang cannot update weights that it quantised itself; "
+            "leave rollout.engine_args.model-path out, and such a copy of model.path is made"
+        )
+
+
+def is_block_fp8(model_path: Path) -> bool:
+    """What the HF folder's config.json says of its weights. Raises EngineError where it cannot be read."""
     try:
         config: dict[str, Any] = json.loads((model_path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise EngineError(f"model folder {model_path}: no config.json that can be read ({error})") from None
     found = config.get("quantization_config") or {}
-    if found.get("quant_method") != "fp8" or found.get("weight_block_size") != [BLOCK, BLOCK]:
-        raise EngineError(
-            f"rollout.precision = fp8: the weights in {model_path} are not fp8 in blocks of {BLOCK} x {BLOCK} "
-            f"(quantization_config of config.json: {found or 'none'}), and SGLang cannot update weights that it "
-            "quantised itself; name a block-fp8 copy of the checkpoint in rollout.engine_args.model-path"
-        )
+    return found.get("quant_method") == "fp8" and found.get("weight_block_size") == [BLOCK, BLOCK]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,22 @@ from megatron_vespo.rollout.protocol import GenerateRequest, Generation, Samplin
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 
 
-def group_seeds(run_seed: int, step: int, batch: str, groups: int) -> list[int]:
-    """One seed a prompt group, from the group's place: a resumed run draws what the undisturbed one would have drawn,
-    and batches of other names (training, evaluation) at the same step draw something else."""
+def group_seeds(run_seed: int, step: int, batch: str, places: Iterable[int]) -> list[int]:
+    """One seed a prompt group, from the group's place in its batch: a resumed run draws what the undisturbed one would
+    have drawn, and batches of other names (training, evaluation) at the same step draw something else."""
     name = zlib.crc32(batch.encode())
-    sequences = (np.random.SeedSequence([run_seed, step, name, place]) for place in range(groups))
+    sequences = (np.random.SeedSequence([run_seed, step, name, place]) for place in places)
     return [int(sequence.generate_state(1)[0] & 0x7FFFFFFF) for sequence in sequences]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupUnderWay:
+    """The responses to one prompt that an engine has been asked for."""
+
+    id: str
+    done: Future[Any]
+    samples: Callable[[], list[Sample]]
+    """Once ``done`` is. Raises what kept them from coming."""
 
 
 def sample_groups(
@@ -37,7 +49,44 @@ def sample_groups(
     batch: names the rollout batch in the samples' ids. seeds: one a prompt, see :func:`group_seeds`. routing: the
     model's, where the samples are to come with their routed experts.
     """
-    requests = [
+    requests = _requests(prompts, sampling, samples_per_prompt, batch, seeds, routing)
+    groups = pool.generate(requests)
+    return [
+        sample
+        for prompt, request, group in zip(prompts, requests, groups, strict=True)
+        for sample in _samples(request.id, prompt, group, tokenizer)
+    ]
+
+
+def submit_groups(
+    pool: EnginePool,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    *,
+    samples_per_prompt: int,
+    batch: str,
+    seeds: Sequence[int],
+    tokenizer: Any,
+    routing: RoutingShape | None = None,
+) -> list[GroupUnderWay]:
+    """As :func:`sample_groups`, without waiting."""
+    requests = _requests(prompts, sampling, samples_per_prompt, batch, seeds, routing)
+
+    def under_way(prompt: Prompt, request: GenerateRequest, done: Future[list[Generation]]) -> GroupUnderWay:
+        return GroupUnderWay(request.id, done, lambda: _samples(request.id, prompt, done.result(), tokenizer))
+
+    return [under_way(*each) for each in zip(prompts, requests, pool.submit(requests), strict=True)]
+
+
+def _requests(
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    samples_per_prompt: int,
+    batch: str,
+    seeds: Sequence[int],
+    routing: RoutingShape | None,
+) -> list[GenerateRequest]:
+    return [
         GenerateRequest(
             id=f"{batch}/{prompt.id}",
             prompt_tokens=prompt.tokens,
@@ -48,24 +97,21 @@ def sample_groups(
         )
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    groups = pool.generate(requests)
+
+
+def _samples(group: str, prompt: Prompt, generations: Sequence[Generation], tokenizer: Any) -> list[Sample]:
     return [
-        _sample(f"{request.id}/{i}", prompt, generation, tokenizer)
-        for prompt, request, group in zip(prompts, requests, groups, strict=True)
-        for i, generation in enumerate(group)
+        Sample(
+            id=f"{group}/{i}",
+            prompt=prompt,
+            response_tokens=generation.tokens,
+            rollout_logprobs=generation.logprobs,
+            weight_versions=generation.weight_versions,
+            loss_mask=np.ones(len(generation.tokens), bool),
+            finish_reason=generation.finish_reason,
+            text=tokenizer.decode(generation.tokens, skip_special_tokens=True),
+            routed_experts=generation.routed_experts,
+            metadata={"rollout_retries": list(generation.retries)} if generation.retries else {},
+        )
+        for i, generation in enumerate(generations)
     ]
-
-
-def _sample(name: str, prompt: Prompt, generation: Generation, tokenizer: Any) -> Sample:
-    return Sample(
-        id=name,
-        prompt=prompt,
-        response_tokens=generation.tokens,
-        rollout_logprobs=generation.logprobs,
-        weight_versions=generation.weight_versions,
-        loss_mask=np.ones(len(generation.tokens), bool),
-        finish_reason=generation.finish_reason,
-        text=tokenizer.decode(generation.tokens, skip_special_tokens=True),
-        routed_experts=generation.routed_experts,
-        metadata={"rollout_retries": list(generation.retries)} if generation.retries else {},
-    )

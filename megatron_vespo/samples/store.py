@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from megatron_vespo.samples.disk import DiskFull, is_disk_full, require_space
 from megatron_vespo.samples.records import Prompt, Sample
 
 FORMAT = 1
@@ -47,7 +49,8 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def write_batch(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes ``samples`` to ``path`` by rename: a reader finds the whole batch or none."""
+    """Writes ``samples`` to ``path`` by rename: a reader finds the whole batch or none. Raises
+    :class:`~megatron_vespo.samples.disk.DiskFull` before or instead of writing."""
     prompts = {id(s.prompt): s.prompt for s in samples}
     place = {key: i for i, key in enumerate(prompts)}
     arrays: dict[str, np.ndarray] = {
@@ -64,21 +67,27 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
             arrays[name] = _joined(values, values[0].dtype)
             if name == "routed_experts":
                 arrays["routed_lengths"] = np.array([len(v) for v in values], np.int64)
+    scalars_of = attrgetter(*SCALARS)
     rest = {
         "format": FORMAT,
         "prompts": [
             {"id": p.id, "text": p.text, "answer": p.answer, "source": p.source, "metadata": p.metadata}
             for p in prompts.values()
         ],
-        "samples": [{"prompt": place[id(s.prompt)], **{name: getattr(s, name) for name in SCALARS}} for s in samples],
+        "samples": [{"prompt": place[id(s.prompt)], **dict(zip(SCALARS, scalars_of(s), strict=True))} for s in samples],
         "present": present,
     }
     arrays["json"] = np.frombuffer(json.dumps(rest, ensure_ascii=False).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_space(path.parent, sum(array.nbytes for array in arrays.values()), path.name)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
         save_file(arrays, temporary)
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise DiskFull(f"{path}: the disk is full ({error}); nothing of the file is kept") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

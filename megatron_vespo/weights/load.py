@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,15 @@ def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
         with _open(file) as handle:
             for copy in copies:
                 copy.target.copy_(handle.get_slice(copy.source)[copy.cut])
+
+
+def stream_hf(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of an HF folder, file by file. Raises WeightsError."""
+    files = _tensor_files(folder)
+    for file in sorted(set(files.values())):
+        with _open(file) as handle:
+            for name in sorted(name for name, place in files.items() if place == file):
+                yield name, handle.get_tensor(name)
 
 
 def _leave_out_multi_token_prediction(checkpoint: _Checkpoint, hf_config: PreTrainedConfig) -> None:

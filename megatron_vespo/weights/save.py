@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_vespo.weights.checksum import ALGORITHM, checksum
+from megatron_vespo.weights.fp8 import BLOCK, SCALE_SUFFIX
 from megatron_vespo.weights.load import INDEX_FILE
 from megatron_vespo.weights.mapping import is_multi_token_prediction
 
@@ -119,11 +120,28 @@ def carry_over(source: Path, folder: Path) -> None:
 
 
 def fit_config(config_file: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names. Nor may
-    it promise layers for multi-token prediction where there are none: an engine may look for them."""
+    """config.json must name the dtype of the weights: transformers and the engines load in the dtype it names; and say
+    which are fp8 blocks, if any are. Nor may it promise layers for multi-token prediction where there are none: an
+    engine may look for them."""
     config = json.loads(config_file.read_text())
-    dtype = Counter(entry["dtype"] for entry in manifest.values()).most_common(1)[0][0]
+    rounded = {name for name in manifest if name + SCALE_SUFFIX in manifest}
+    plain = {
+        name: entry
+        for name, entry in manifest.items()
+        if name not in rounded and name.removesuffix(SCALE_SUFFIX) not in rounded
+    }
+    dtype = Counter(entry["dtype"] for entry in plain.values()).most_common(1)[0][0]
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    config.pop("quantization_config", None)
+    if rounded:
+        whole = [name for name, entry in plain.items() if name.endswith(".weight") and len(entry["shape"]) == 2]
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": [name.removesuffix(".weight") for name in whole],
+        }
     if predicting := config.get("num_nextn_predict_layers"):
         layers = config["num_hidden_layers"]
         if not any(is_multi_token_prediction(name, layers, predicting) for name in manifest):

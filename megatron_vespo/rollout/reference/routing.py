@@ -13,29 +13,38 @@ from megatron_vespo.samples.records import RoutingShape
 
 
 class Routers:
-    """The routers of a model whose modules return (logits, weights, experts), as Qwen3-MoE's and Mixtral's do."""
+    """The routers of a model: modules that return (logits, weights, experts), as Qwen3-MoE's and Mixtral's do, or
+    those of blocks that choose by their router's logits themselves, as DeepSeek-V3's and GLM-4.5's do."""
 
     def __init__(self, model: Any) -> None:
         recorded = (model._can_record_outputs or {}).get("router_logits")
         kind: Any = recorded.target_class if recorded else ()
         layers = model.get_decoder().layers
-        found = {i: m for i, layer in enumerate(layers) for m in layer.modules() if isinstance(m, kind)}
-        self._modules = list(found.values())
+        modules: list[tuple[int, Any]] = [(i, m) for i, layer in enumerate(layers) for m in layer.modules()]
+        routers = {i: m for i, m in modules if isinstance(m, kind)}
+        self._blocks = {i: m for i, m in modules if hasattr(m, "route_tokens_to_experts")}
+        self._routers = routers | {i: block.gate for i, block in self._blocks.items()}
         self.shape: RoutingShape | None = None
         """None for a model without such routers."""
-        if found:
-            router: Any = self._modules[0]
-            self.shape = RoutingShape(len(layers), tuple(found), router.top_k, router.num_experts)
+        if self._routers:
+            some: Any = next(iter((routers | self._blocks).values()))
+            experts = some.n_routed_experts if self._blocks else some.num_experts
+            self.shape = RoutingShape(len(layers), tuple(self._routers), some.top_k, experts)
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """The list gets, from each forward pass inside, [tokens, topk] int64 of every MoE layer in order."""
         experts: list[Tensor] = []
 
-        def record(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            experts.append(output[2])
+        def hook_of(layer: int) -> Any:
+            block = self._blocks.get(layer)
 
-        handles = [module.register_forward_hook(record) for module in self._modules]
+            def record(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+                experts.append(output[2] if block is None else block.route_tokens_to_experts(output)[0])
+
+            return record
+
+        handles = [router.register_forward_hook(hook_of(layer)) for layer, router in self._routers.items()]
         try:
             yield experts
         finally:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vespo.weights.buckets import Named
+from megatron_vespo.weights.fp8 import quantise_stream
 from megatron_vespo.weights.save import CHECKSUM_FILE, save_hf_folder
 from megatron_vespo.weights.sync import EngineWeights, SyncReport, on_each, prove
 
@@ -29,17 +30,19 @@ class DiskTransport:
         *,
         bucket_bytes: int = 1 << 30,
         keep: int = 2,
+        fp8: bool = False,
     ) -> None:
         """``source_folder``: the HF folder whose config and tokenizer go with the weights. ``bucket_bytes``: of one
         file, which is held in memory until it is whole. ``keep``: how many of the newest versions stay; two, since an
-        engine that someone restarts may still be reading the one before."""
+        engine that someone restarts may still be reading the one before. ``fp8``: the folder holds fp8 blocks."""
         self.engines, self.folder, self.source_folder = engines, folder, source_folder
-        self.bucket_bytes, self.keep = bucket_bytes, keep
+        self.bucket_bytes, self.keep, self.fp8 = bucket_bytes, keep, fp8
 
     def publish(self, version: int, tensors: Iterable[Named]) -> SyncReport:
         start = time.perf_counter()
         target = version_folder(self.folder, version)
-        save_hf_folder(tensors, target, self.source_folder, self.bucket_bytes)
+        stream = quantise_stream(tensors) if self.fp8 else tensors
+        save_hf_folder(stream, target, self.source_folder, self.bucket_bytes)
         sent = {
             name: entry["checksum"]
             for name, entry in json.loads((target / CHECKSUM_FILE).read_text())["tensors"].items()

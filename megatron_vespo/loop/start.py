@@ -1,0 +1,120 @@
+"""Start every part of a run and end it, whatever happens in between."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.cluster.engine_group import EngineGroup
+from megatron_vespo.cluster.ray_cluster import ray_cluster
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.weight_sender import sync_folder
+from megatron_vespo.config.dotted import import_function
+from megatron_vespo.config.load import ResolvedConfig
+from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.resume import load_newest, recipe
+from megatron_vespo.loop.run import Run
+from megatron_vespo.loop.weight_sync import WeightSync
+from megatron_vespo.observe.progress import RunProgress
+from megatron_vespo.observe.writer import RunWriter
+from megatron_vespo.policy.checkpoint import read_state
+from megatron_vespo.policy.routing_replay import routing_shape
+from megatron_vespo.rewards import build_reward
+from megatron_vespo.rewards.worker import RewardWorkers
+from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.samples.ledger import Ledger
+from megatron_vespo.samples.records import Prompt, RoutingShape
+
+
+@contextmanager
+def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
+    """Start every part, hand over the run, and end every part whatever happens."""
+    from transformers import AutoTokenizer
+
+    config = resolved.run
+    directory = config.directory
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
+    prompts.require(config.train.prompts_per_step)
+    reward = build_reward(config.reward.name)
+    play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
+    held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
+    directory.mkdir(parents=True, exist_ok=True)
+
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(directory, anew=not config.checkpoint.resume))
+        (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
+        stack.enter_context(ray_cluster(config))
+        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
+        stack.callback(rewards.close)
+        engines = EngineGroup(config, directory / "logs")
+        stack.callback(engines.close)
+        trainers = TrainerGroup(config, directory / "logs")
+        stack.callback(trainers.close)
+        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
+        checkpoint = load_newest(config, trainers)
+        state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
+        if checkpoint:
+            prompts.restore(state["prompts"])
+        rollback = ledger.roll_back(state["version"], recipe(config, prompts.prompts))
+        writer = stack.enter_context(
+            RunWriter(
+                directory,
+                resumed_step=state["step"] if checkpoint else None,
+                wandb_mode=config.log.wandb,
+                project=config.log.project,
+                name=config.name,
+                config=config.model_dump(mode="json"),
+            )
+        )
+        run = Run(
+            config=config,
+            trainers=trainers,
+            ledger=ledger,
+            engines=engines,
+            engine_weights=WeightSync(config, trainers, engines),
+            rewards=rewards,
+            prompts=prompts,
+            held_out=held_out[: config.evaluate.max_prompts],
+            tokenizer=tokenizer,
+            play=play,
+            writer=writer,
+            progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
+            routing=_engine_routing(config),
+            step=state["step"],
+            version=state["version"],
+            resumed=state if checkpoint else {},
+        )
+        if rollback is not None:
+            run.progress.message(f"resumed from step {run.step}: {rollback}")
+        if config.sync.transport != "disk":
+            engines.pool.refresh = lambda: run.engine_weights.refresh(run.version)
+        if checkpoint or config.rollout.urls or config.model.weights:
+            # Engines were launched from model.path; those that someone else started may hold anything.
+            run.sync_weights()
+        else:
+            run.engine_weights.keep(0)
+        yield run
+
+
+def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
+    data = config.data
+    return load_prompts(
+        path,
+        tokenizer,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        template=data.template,
+        suffix=data.suffix,
+        max_prompt_tokens=data.max_prompt_tokens,
+    )
+
+
+def _engine_routing(config: RunConfig) -> RoutingShape | None:
+    """What the engines are asked to return with each response."""
+    from transformers import AutoConfig
+
+    return routing_shape(AutoConfig.from_pretrained(config.model.path)) if config.model.replays_engine_routing else None
