@@ -276,6 +276,10 @@ def test_json_and_a_measured_run(runs: tuple[Path, Path], capsys: pytest.Capture
         (["--simulate", "--from", "nowhere"], "no metrics.jsonl"),
         (["--simulate", "--rates", str(H20), "--gpus", "1"], "no split"),
         (["rates.snc=1", "--simulate", "--rates", str(H20)], "rates.snc"),
+        (
+            ["train.mode=asynchronous", "asynchronous.sync_every=4", "--simulate", "--rates", str(H20)],
+            "raise the first",
+        ),
         (["--json"], "add --simulate"),
         (["rates.sync=1"], "add --simulate"),
     ],

@@ -2,14 +2,14 @@
 (true lengths).
 
 A phase's seconds are linear in what it had to do: decode steps, tokens, responses, passes. Each is fitted over the
-steps of all runs given, by least absolute deviations with no coefficient below 0, so that a step in which the machine
-was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed cost
-from one that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
+steps of all runs given, by least absolute relative deviations with no coefficient below 0, so that a step in which the
+machine was busy elsewhere does not count for more than another. One run whose steps are all alike cannot tell a fixed
+cost from one that grows with the batch; two runs of different size can (:attr:`Calibration.warnings`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -97,13 +97,14 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
             return [0.0] * len(columns)
         work = np.array(list(columns.values()), float).T[having]
         seconds = np.array([steps[i].seconds[phase] for i in having])
+        work /= np.maximum(seconds, 1e-9)[:, None]  # relative: a small batch counts for as much as a large one
         if tells_apart(work):
-            return fit_absolute(work, seconds).tolist()
+            return fit_absolute(work, np.ones(len(having))).tolist()
         warnings.append(
             f"{phase}: all steps are about the same size, so that what is fixed and what grows with it cannot be told "
             f"apart; all is laid on {list(columns)[-1]}. Add a run with another batch: --from RUN_DIR RUN_DIR"
         )
-        return [0.0] * (len(columns) - 1) + fit_absolute(work[:, -1:], seconds).tolist()
+        return [0.0] * (len(columns) - 1) + fit_absolute(work[:, -1:], np.ones(len(having))).tolist()
 
     ones = [1.0] * len(steps)
     updates = [float(step.updates) for step in steps]
@@ -141,15 +142,12 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
 
 
 def measured_outcome(run_dir: Path) -> Outcome:
-    """What a run did. Where the loop takes turns its steps are alike, and the median one counts; where engines and
-    trainer work side by side one step's wait is another's work, and all of them count."""
+    """What a run did in :func:`measured_steps`, all of them together."""
     steps = measured_steps(run_dir)
-    asynchronous = steps[0].mode == "asynchronous"
-    over: Callable[[list[float]], float] = sum if asynchronous else (lambda values: float(np.median(values)))
-    seconds = over([step.total_s for step in steps])
+    seconds = sum(step.total_s for step in steps)
 
     def share(*phases: str) -> float:
-        return over([sum(step.seconds.get(phase, 0.0) for phase in phases) for step in steps]) / seconds
+        return sum(step.seconds.get(phase, 0.0) for step in steps for phase in phases) / seconds
 
     lags = np.zeros(max(len(step.staleness) for step in steps), np.int64)
     for step in steps:
@@ -157,13 +155,13 @@ def measured_outcome(run_dir: Path) -> Outcome:
     groups, dropped = sum(len(step.groups) for step in steps[1:]), steps[-1].dropped - steps[0].dropped
     return Outcome(
         seconds=seconds,
-        updates=round(over([step.updates for step in steps])),
-        samples=round(over([step.responses for step in steps])),
-        tokens=round(over([step.tokens for step in steps])),
+        updates=sum(step.updates for step in steps),
+        samples=sum(step.responses for step in steps),
+        tokens=sum(step.tokens for step in steps),
         staleness=lags,
         trainer_idle=share("wait", "rollout", "reward", "driver"),
         trainer_sync=share("sync"),
-        engine_idle=1 - over([step.engine_busy * step.total_s for step in steps]) / seconds,
+        engine_idle=1 - sum(step.engine_busy * step.total_s for step in steps) / seconds,
         engine_running=float("nan"),
         dropped=dropped / max(1, groups + dropped),
         late=0.0,

@@ -123,7 +123,7 @@ class Rollouts:
             for group in again:
                 group.served = run.served
                 self.aborted.discard(group.number)
-            run.pool.submit(again)
+                run.pool.submit([group])
             run.clock.fire(run.changed)
             if stale:
                 self.ask()

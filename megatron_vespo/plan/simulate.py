@@ -99,7 +99,7 @@ class Simulation:
     # --- the engines' side --------------------------------------------------------------------------------------
 
     def ask(self, groups: int) -> list[Group]:
-        """The next prompts go to the engines, those of a rollout batch together."""
+        """The next prompts go to the engines; those of a rollout batch together, where groups are taken in order."""
         asked = []
         for _ in range(groups):
             shape = self.workload.draw(self.rng, self.schedule.size, self.schedule.longest)
@@ -107,8 +107,8 @@ class Simulation:
             self.count.asked += 1
             self.open[group.number] = group
             asked.append(group)
-        size = self.schedule.groups * self.schedule.mini_batches
-        for _, members in groupby(asked, key=lambda group: group.number // size):
+        together = self.schedule.groups * self.schedule.mini_batches if self.schedule.too_stale == "wait" else 1
+        for _, members in groupby(asked, key=lambda group: group.number // together):
             self.pool.submit(list(members))
         return asked
 

@@ -30,7 +30,10 @@ def describe(plant: Plant, schedule: Schedule) -> str:
 
 
 def table(candidates: Sequence[Candidate], best: Candidate | None = None) -> str:
-    return "\n".join([HEAD, BELOW, *(row(candidate, candidate is best) for candidate in candidates)])
+    lines = [HEAD, BELOW, *(row(candidate, candidate is best) for candidate in candidates)]
+    if any(candidate.schedule.too_stale == "down_weight" for candidate in candidates):
+        lines.append("* not dropped: trained with less weight")
+    return "\n".join(lines)
 
 
 def row(candidate: Candidate, best: bool = False) -> str:
@@ -38,10 +41,12 @@ def row(candidate: Candidate, best: bool = False) -> str:
     split = f"{plant.gpus} shared" if plant.shared else f"{plant.rollout_gpus} + {plant.trainer_gpus}"
     every = candidate.schedule.sync_every if candidate.schedule.mode == "asynchronous" else "step"
     staleness = f"{outcome.staleness_mean:.2f} {outcome.staleness_p95:>3} {outcome.staleness_max:>3}"
+    late = candidate.schedule.too_stale == "down_weight"
+    lost = f"{outcome.late:.1%}*" if late else f"{outcome.dropped:.1%}"
     return (
         f"{split:>18}{every:>6}{outcome.samples_per_s:>11.4g}{outcome.tokens_per_s:>11,.0f}"
         f"{outcome.updates_per_hour:>11.4g}{outcome.trainer_idle:>9.1%}{outcome.engine_idle:>9.1%}"
-        f"{outcome.engine_running:>9.1f}{staleness:>18}{outcome.dropped:>9.1%}" + ("  <- recommended" if best else "")
+        f"{outcome.engine_running:>9.1f}{staleness:>18}{lost:>9}" + ("  <- recommended" if best else "")
     )
 
 
