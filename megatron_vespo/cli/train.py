@@ -39,6 +39,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.samples.dataset import DataError
     from megatron_vespo.samples.disk import DiskFull
     from megatron_vespo.samples.ledger import LedgerError
+    from megatron_vespo.samples.store import StoreError
     from megatron_vespo.weights.sync import SyncError
 
     try:
@@ -47,7 +48,7 @@ def _train(options: argparse.Namespace) -> int:
     except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, EngineError, EpisodeError, SyncError, LedgerError, DiskFull) as error:
+    except (ClusterError, EngineError, EpisodeError, SyncError, LedgerError, StoreError, DiskFull) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
