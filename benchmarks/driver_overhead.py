@@ -68,7 +68,9 @@ class InstantEngine:
 
 
 class InstantTrainers:
-    def compute_old_logprobs(self, samples: Sequence[Sample]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    def compute_old_logprobs(
+        self, samples: Sequence[Sample], version: int | None
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
         return {}, [sample.rollout_logprobs for sample in samples]
 
     def train_mini_batch(self, samples: Sequence[Sample]) -> tuple[dict[str, Any], list[np.ndarray], WeightTable]:
@@ -102,11 +104,11 @@ class DriverAlone(Run):
     def sync_weights(self) -> None:
         self.memory.append(held_bytes())
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, **state: Any) -> None:
         self.ledger.make_durable(self.version)
         self.ledger.release(self.version)
 
-    def finish(self) -> None:
+    def finish(self, **state: Any) -> None:
         pass
 
 
@@ -137,6 +139,7 @@ def driver(folder: Path, steps: int, tokens: int, ledger: Any) -> list[int]:
             trainers=InstantTrainers(),  # type: ignore[arg-type]
             ledger=ledger,
             engines=SimpleNamespace(pool=pool),  # type: ignore[arg-type]
+            engine_weights=SimpleNamespace(served=0, keep_probe=lambda samples: None),  # type: ignore[arg-type]
             rewards=InstantRewards(),  # type: ignore[arg-type]
             prompts=PromptStream(make_prompts(), seed=1),
             held_out=[],

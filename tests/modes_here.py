@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from megatron_vespo.loop.start import open_run
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import step_folder
+from megatron_vespo.policy.checkpoint import read_state, step_folder
 from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Sample
@@ -63,31 +64,52 @@ class Modes:
         first = self.finished("first", train={"steps": 1}, evaluate={"every": 0})
         self._start = step_folder(first.folder / "checkpoints", 1)
 
-    def prepared(self, name: str, **sections: dict[str, Any]) -> Run:
-        """A run at its beginning; ``sections`` over the config that all have."""
+    def prepared(self, name: str, resume: int | None = None, **sections: dict[str, Any]) -> Run:
+        """A run at its beginning, or at its checkpoint of step ``resume``; ``sections`` over the config of all."""
         config = self.opened.config.model_copy(update={"run_dir": self.folder / name})
         for section, values in sections.items():
             config = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+        ledger = Ledger(config.directory)
+        checkpoint = self._start if resume is None else step_folder(config.directory / "checkpoints", resume)
+        state = {"step": 0, "version": 0} if resume is None else read_state(checkpoint)
         run = replace(
             self.opened,
             config=config,
-            ledger=Ledger(config.directory),
+            ledger=ledger,
             engine_weights=WeightSync(config, self.opened.trainers, self.opened.engines),
             prompts=PromptStream(self.opened.prompts.prompts, config.seed),
-            writer=RunWriter(config.directory),
-            metrics=MetricSums(),
+            writer=RunWriter(config.directory, resumed_step=resume),
             weights=[],
+            step=state["step"],
+            version=state["version"],
+            resumed={} if resume is None else state,
         )
-        if self._start is not None:
-            run.trainers.load(self._start)
+        ledger.roll_back(run.version, {})
+        if resume is not None:
+            run.prompts.restore(state["prompts"])
+        if checkpoint is not None:
+            run.trainers.load(checkpoint)
         run.sync_weights()
         run.metrics = MetricSums()
         run.timer.take()
         run.engines.pool.take_busy()
         return run
 
+    def resumed(self, finished: Finished, name: str, step: int, **sections: dict[str, Any]) -> Finished:
+        """What ``finished`` becomes where it dies after its checkpoint of ``step``."""
+        folder = self.folder / name
+        shutil.copytree(finished.folder, folder)
+        for checkpoint in (folder / "checkpoints").iterdir():
+            if checkpoint != step_folder(folder / "checkpoints", step):
+                shutil.rmtree(checkpoint)
+        shutil.rmtree(folder / "hf")
+        return self._trained(self.prepared(name, step, **sections))
+
     def finished(self, name: str, **sections: dict[str, Any]) -> Finished:
-        run = self.prepared(name, **sections)
+        return self._trained(self.prepared(name, **sections))
+
+    @staticmethod
+    def _trained(run: Run) -> Finished:
         train(run)
         run.ledger.close()
         return Finished(run.config.directory)

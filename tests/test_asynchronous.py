@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_engines import FakeLauncher
 from fake_run import PROMPTS, fake_run
 
 from megatron_vespo.loop import asynchronous
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.policy.checkpoint import read_state
-from megatron_vespo.rollout import EngineError
+from megatron_vespo.rollout import EngineError, EnginePool
+from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.samples.accounting import account
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.staleness import versions_of
@@ -245,3 +247,40 @@ def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path
     )
     accounts = account(tmp_path)
     assert accounts.balances
+
+
+def test_an_engine_that_comes_back_without_weights_gets_them_from_the_thread_that_trains(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, asynchronous={"max_staleness": 1}, step_s=0.002)
+    first = run.engines.engine  # type: ignore[attr-defined]
+    pool = EnginePool([first], launcher=FakeLauncher(), weights=ServedWeights(tmp_path, 0))
+    pool.expect(None)  # weights lie in no folder
+    run.engines.pool = pool
+    threads: dict[str, set[int]] = {"refresh": set(), "train": set()}
+    original = run.trainers.train_mini_batch
+
+    def refresh() -> None:
+        threads["refresh"].add(threading.get_ident())
+        for engine in pool.stale:
+            engine.version = run.engine_weights.served = run.version  # type: ignore[attr-defined]
+        pool.admit(run.version)
+
+    def dies_at_2(samples: list[Sample]) -> Any:
+        threads["train"].add(threading.get_ident())
+        if run.version == 2:
+            first.die()
+        return original(samples)
+
+    pool.refresh = refresh
+    run.trainers.train_mini_batch = dies_at_2  # type: ignore[method-assign]
+    publish = run.engine_weights.publish
+
+    def to_all(version: int) -> Any:
+        for engine in pool.engines:
+            engine.version = version  # type: ignore[attr-defined]
+        return publish(version)
+
+    run.engine_weights.publish = to_all  # type: ignore[method-assign]
+    train(run)
+    assert threads["refresh"] == threads["train"] and len(threads["train"]) == 1
+    assert lags(trained(run)).max() <= 1 and accounts_balance(run)["rollouts/trained"] == 24
+    assert sum(record.get("engine_restarts", 0) for record in steps(run)) == 1

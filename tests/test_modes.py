@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,13 @@ def test_asynchronous_at_the_staleness_of_a_split_is_that_split(modes: Modes) ->
 
 
 def test_at_constant_lag_every_token_is_so_many_versions_old(modes: Modes) -> None:
-    ours = modes.finished("lag_2", train={"mode": "constant_lag", "steps": 5}, constant_lag={"lag": 2})
+    settings: dict[str, dict[str, Any]] = {
+        "train": {"mode": "constant_lag", "steps": 5},
+        "constant_lag": {"lag": 2},
+        "checkpoint": {"every": 3, "keep": 9},
+        "evaluate": {"every": 0},
+    }
+    ours = modes.finished("lag_2", **settings)
     for trained, samples in enumerate(ours.samples()):
         versions = np.concatenate([s.weight_versions for s in samples])
         assert {s.trained_version for s in samples} == {trained} and set(versions) == {max(0, trained - 2)}
@@ -62,6 +69,10 @@ def test_at_constant_lag_every_token_is_so_many_versions_old(modes: Modes) -> No
     # log pi_old is of the weights that sampled, so that the mismatch is the engine's alone.
     assert all(record["rollout_logprob_diff"] < 1e-5 for record in steps)
     assert steps[2]["k3_stale"] > 1e-4
+    # What was sampled ahead is in the checkpoint, with the log pi_old of weights that are gone.
+    resumed = modes.resumed(ours, "lag_2_resumed", 3, **settings)
+    assert resumed.numbers()[-3:] == ours.numbers()[-3:]
+    assert all(torch.equal(value, ours.weights()[name]) for name, value in resumed.weights().items())
 
 
 def test_ahead_of_training_responses_go_on_under_new_weights(modes: Modes) -> None:

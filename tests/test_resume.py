@@ -14,7 +14,7 @@ from test_ledger import RECIPE, SIZE, a_trained_run, ids, prompts, responses, sc
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import load_config
 from megatron_vespo.loop.resume import load_newest, recipe
-from megatron_vespo.policy.checkpoint import complete, damage, prune, step_folder
+from megatron_vespo.policy.checkpoint import _record_digest, complete, damage, prune, step_folder
 from megatron_vespo.samples.disk import file_digest
 from megatron_vespo.samples.ledger import Ledger
 
@@ -46,24 +46,30 @@ def make_checkpoints(folder: Path, count: int) -> list[Path]:
             (made[-1] / f"__{i}_0.distcp").write_bytes(bytes([step, i] * 50))
         files = {path.name: (path.stat().st_size, file_digest(path)) for path in made[-1].iterdir()}
         record = {"driver": {"step": step}, "model": {}, "files": files}
+        record["digest"] = _record_digest(json.loads(json.dumps(record)))
         (made[-1] / "state.json").write_text(json.dumps(record))
     return made
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, before: bytes = b"") -> None:
+    """A bit after the first ``before``."""
     content = bytearray(path.read_bytes())
-    content[7] ^= 1
+    content[content.index(before) + len(before) + 3] ^= 1
     path.write_bytes(content)
+
+
+INCOMPLETE = "files are missing, or not of their size, or state.json is not what was written"
 
 
 @pytest.mark.parametrize(
     ("breaks", "said"),
     [
         (lambda c: flip(c / "__2_0.distcp"), "not the bytes that were written: __2_0.distcp"),
-        (lambda c: (c / "__1_0.distcp").unlink(), "files are missing or too short"),
-        (lambda c: (c / "__1_0.distcp").write_bytes(b"x"), "files are missing or too short"),
-        (lambda c: (c / "state.json").write_text("{"), "files are missing or too short"),
-        (lambda c: (c / "state.json").unlink(), "files are missing or too short"),
+        (lambda c: (c / "__1_0.distcp").unlink(), INCOMPLETE),
+        (lambda c: (c / "__1_0.distcp").write_bytes(b"x"), INCOMPLETE),
+        (lambda c: flip(c / "state.json", b"step"), INCOMPLETE),
+        (lambda c: (c / "state.json").write_text("{"), INCOMPLETE),
+        (lambda c: (c / "state.json").unlink(), INCOMPLETE),
     ],
 )
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(

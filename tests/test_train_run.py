@@ -120,7 +120,7 @@ def test_killed_again_and_again_a_run_equals_the_undisturbed_one(finished: Path,
     )
     assert state.kills == 3 and state.undone > 0
     said = [(state.folder / f"{i}.log").read_text() for i in range(1, state.started + 1)]
-    assert any("step_000002: damaged (" in text and "the run goes on from the one before" in text for text in said)
+    assert any(": damaged (" in text and "the run goes on from the one before" in text for text in said)
     wait_until(lambda: not processes_about(str(tmp_path)), 120, "all processes ended")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def check_checkpoint(trainer: Any, folder: Path) -> None:
     """Nothing is written where it would not fit, and the estimate is the size; a changed byte is found by one rank."""
     from megatron_vespo.policy import checkpoint
 
+    multiprocessing.current_process().daemon = False  # megatron-core's writer has a process of its own
     state = {"step": 1, "version": 2}
     free_bytes, checkpoint.free_bytes = checkpoint.free_bytes, lambda folder: 1000 + 10**9 * dist.get_rank()
     with pytest.raises(DiskFull, match=r"step_000001 needs .* 1,000 are free there") as refusal:
@@ -68,7 +70,7 @@ def check_checkpoint(trainer: Any, folder: Path) -> None:
     assert checkpoint.read_state(folder) == state and checkpoint.complete(folder.parent) == [folder]
     size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     needed = int(str(refusal.value).partition("needs ")[2].split()[0].replace(",", ""))
-    assert 0.8 * size < needed <= size  # a file has headers
+    assert size <= needed < 1.4 * size, (needed, size)  # a small model is half headers
     assert trainer.damage(folder) == []
     dist.barrier()
     if dist.get_rank() == 0:

@@ -34,7 +34,7 @@ def load_newest(config: RunConfig, trainers: TrainerGroup) -> Path | None:
     one before is taken; None: the run begins at its start."""
     folder = config.directory / "checkpoints"
     for damaged in set_incomplete_aside(folder):
-        _tell(damaged, "files are missing or too short")
+        _tell(damaged, "files are missing, or not of their size, or state.json is not what was written")
     while (checkpoint := newest(folder)) is not None:
         broken = trainers.damage(checkpoint)
         if not broken:

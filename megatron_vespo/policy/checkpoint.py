@@ -1,10 +1,10 @@
 """Save and load the trainer's state by megatron-core's dist_checkpointing, loadable under another layout.
 
 A checkpoint is a folder ``step_000010`` that appears by rename once it is whole and on disk; beside the tensors it
-holds ``state.json``: the driver's own state (step, weight version, data order), the shape of the model, and size and
-digest of every other file. One that lacks a file or a byte is passed over (:func:`newest`), one with a changed byte is
-found by :func:`damage` before it is loaded. No generator's state is kept because none is used: the model has no
-dropout, and sampling seeds are counted, not drawn.
+holds ``state.json``: the driver's own state (step, weight version, data order), the shape of the model, size and digest
+of every other file, and a digest of its own. One that lacks a file or a byte is passed over (:func:`newest`), one with
+a changed byte is found by :func:`damage` before it is loaded. No generator's state is kept because none is used: the
+model has no dropout, and sampling seeds are counted, not drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
@@ -34,6 +35,8 @@ from megatron_vespo import platform
 from megatron_vespo.samples.disk import file_digest, free_bytes, require_space
 
 STATE_FILE = "state.json"
+HEADER_BYTES = 4096
+"""More than a tensor takes beside its bytes."""
 HF_FOLDER = "hf"
 """Inside a converted checkpoint: all of the HF folder but its weights."""
 _SHAPE = (
@@ -93,7 +96,7 @@ def set_aside(folder: Path) -> None:
 
 def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     """Files of a checkpoint whose bytes are not those that were written, of every ``shares``-th file from ``share``."""
-    digests = {name: digest for name, (_, digest) in sorted(_read(folder).get("files", {}).items())}
+    digests = {name: digest for name, (_, digest) in sorted(_read(folder)["files"].items())}
     mine = list(digests)[share::shares]
     return [name for name in mine if not (folder / name).is_file() or file_digest(folder / name) != digests[name]]
 
@@ -108,10 +111,16 @@ def prune(checkpoints: Path, keep: int) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE_FILE).read_text())
-        record["driver"], record["model"]
-        return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if record.get("digest", digest := _record_digest(record)) != digest:
+            raise ValueError("not the bytes that were written")
+        return {"driver": record["driver"], "model": record["model"], "files": record.get("files", {})}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE}: not a complete checkpoint ({error})") from None
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    content = {name: value for name, value in record.items() if name != "digest"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _named(checkpoints: Path) -> list[Path]:
@@ -120,7 +129,7 @@ def _named(checkpoints: Path) -> list[Path]:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        files = _read(folder).get("files", {})
+        files = _read(folder)["files"]
         return all((folder / name).stat().st_size == size for name, (size, _) in files.items())
     except (OSError, CheckpointError):
         return False
@@ -132,7 +141,7 @@ def _step(folder: Path) -> int:
 
 def check_same_model(folder: Path, hf_config: Any) -> None:
     """Raises :class:`CheckpointError` when the checkpoint is of a model of another shape."""
-    mend = "Set model.path to the model it was trained from, run_dir to a new folder, or checkpoint.resume=false."
+    mend = "Set model.path to the model it was trained from, or run_dir to a new folder."
     _compare(folder, _read(folder)["model"], hf_config, mend)
 
 
@@ -175,7 +184,8 @@ def save_checkpoint(
     dist.barrier()
     files = _sealed(partial)
     if dist.get_rank() == 0:
-        record = {"driver": driver_state, "model": _shape(hf_config), "files": files}
+        record: dict[str, Any] = {"driver": driver_state, "model": _shape(hf_config), "files": files}
+        record["digest"] = _record_digest(json.loads(json.dumps(record)))
         with (partial / STATE_FILE).open("w") as file:
             json.dump(record, file, indent=1)
             file.flush()
@@ -190,7 +200,7 @@ def save_checkpoint(
 def _require_space(folder: Path, state: dict[str, Any]) -> None:
     """Raises DiskFull on every rank where the tensors of all do not fit on the fullest of their disks."""
     parts = [p for p in nested_values(state) if isinstance(p, ShardedTensor | ShardedTensorFactory)]
-    mine = sum(p.data.nbytes for p in parts if p.data is not None and is_main_replica(p.replica_id))
+    mine = sum(HEADER_BYTES + p.data.nbytes for p in parts if p.data is not None and is_main_replica(p.replica_id))
     needed = torch.tensor([mine], dtype=torch.int64, device=platform.current().device)
     free = torch.tensor([free_bytes(folder)], dtype=torch.int64, device=platform.current().device)
     dist.all_reduce(needed)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,14 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
             arrays[name] = _joined(values, values[0].dtype)
             if name == "routed_experts":
                 arrays["routed_lengths"] = np.array([len(v) for v in values], np.int64)
+    scalars_of = attrgetter(*SCALARS)
     rest = {
         "format": FORMAT,
         "prompts": [
             {"id": p.id, "text": p.text, "answer": p.answer, "source": p.source, "metadata": p.metadata}
             for p in prompts.values()
         ],
-        "samples": [{"prompt": place[id(s.prompt)], **{name: getattr(s, name) for name in SCALARS}} for s in samples],
+        "samples": [{"prompt": place[id(s.prompt)], **dict(zip(SCALARS, scalars_of(s), strict=True))} for s in samples],
         "present": present,
     }
     arrays["json"] = np.frombuffer(json.dumps(rest, ensure_ascii=False).encode(), np.uint8)
