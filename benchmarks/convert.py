@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_convert"), help="on the disk to measure")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--drop-caches", action="store_true", help="before every line; needs root")
     parser.add_argument("--bridge", type=Path, metavar="PYTHON", help="one that can import megatron.bridge")
     options = parser.parse_args()
@@ -81,25 +82,30 @@ def measure(options: argparse.Namespace, root: Path) -> None:
     if options.bridge:
         bridge = [str(options.bridge), "-c", BRIDGE, str(root / "hf"), str(root / "bridge")]
         steps += [("bridge, in", [*bridge, "-"]), ("bridge, out", [*bridge, str(root / "bridge_back")])]
-    lines: list[Line] = []
-    for what, command in steps:
-        for source in ("hf", "megatron"):
-            if what != "to-megatron" or source == "hf":
-                lines.append(copy(root / source, root / "copy", options))
-                shutil.rmtree(root / "copy")
-        lines.append(run(what, command, options))
-    same = checksums(root / "megatron") == checksums(root / "back")
+    lines: dict[str, list[Line]] = {}
+    for _ in range(options.repeats):
+        for what, command in steps:
+            source = root / ("hf" if what.endswith(("to-megatron", "in")) else "megatron")
+            for line in (copy(source, root / "copy", options), run(what, command, options)):
+                lines.setdefault(line.what, []).append(line)
+            shutil.rmtree(root / "copy")
+        same = checksums(root / "megatron") == checksums(root / "back")
+        for folder in root.iterdir():
+            if folder.name != "hf":
+                shutil.rmtree(folder)
 
-    plain = statistics.median(line.seconds for line in lines if line.what.startswith("copy"))
-    gb = nbytes / 1e9
+    copies = [line.seconds for found in lines.values() for line in found if line.what.startswith("copy")]
+    plain, gb = statistics.median(copies), nbytes / 1e9
     caches = "dropped" if options.drop_caches else "as they are"
     print(f"\n{gb:.2f} GB bf16, {options.workers} workers, {os.cpu_count()} cores, caches {caches}")
-    print(f"load {os.getloadavg()[0]:.1f}; back bitwise, by the checksums of every tensor: {same}\n")
+    print(f"load {os.getloadavg()[0]:.1f}; back bitwise, by the checksums of every tensor: {same}")
+    print(f"medians of {options.repeats}; all {len(copies)} copies took {min(copies):.2f} to {max(copies):.2f} s\n")
     print("| | seconds | GB/s | moving, GB/s | of a copy: whole, moving | peak RSS, MB |\n|---|---|---|---|---|---|")
-    for line in lines:
-        rates = f"{gb / line.seconds:.2f} | {gb / line.moving:.2f}"
-        ratios = f"{plain / line.seconds:.2f}, {plain / line.moving:.2f}"
-        print(f"| {line.what} | {line.seconds:.2f} | {rates} | {ratios} | {line.peak_mb:.0f} |")
+    for what, found in lines.items():
+        seconds, moving = (statistics.median(getattr(line, name) for line in found) for name in ("seconds", "moving"))
+        ratios = f"{plain / seconds:.2f}, {plain / moving:.2f}"
+        peak = max(line.peak_mb for line in found)
+        print(f"| {what} | {seconds:.2f} | {gb / seconds:.2f} | {gb / moving:.2f} | {ratios} | {peak:.0f} |")
 
 
 def make_checkpoint(folder: Path, gb: float) -> int:

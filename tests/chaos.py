@@ -40,7 +40,7 @@ PROCESSES = {
     "reward": "megatron_vespo.rewards.worker",
 }
 VICTIMS = ("driver", "checkpoint", *PROCESSES)
-OF_THE_CLOCK = ("time", "seconds", "tokens_per_s", "engine_restarts", "requests_retried")
+OF_THE_CLOCK = ("time", "seconds", "timeline", "busy", "tokens_per_s", "engine_restarts", "requests_retried", "sync")
 """Metrics that a disturbance may change; those of a sync too, which a resumed run probes with other responses."""
 TIMEOUT_S = 400.0
 
@@ -212,7 +212,7 @@ def final_ledger(run: Path) -> list[tuple[Any, ...]]:
 
 
 def training_metrics(run: Path) -> list[dict[str, Any]]:
-    kept = [{k: v for k, v in r.items() if k not in OF_THE_CLOCK and "sync" not in k} for r in records(run)]
+    kept = [{k: v for k, v in r.items() if not k.startswith(OF_THE_CLOCK)} for r in records(run)]
     return [record for record in kept if "eval" not in record]
 
 

@@ -24,8 +24,8 @@ from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.staleness import versions_of
 from megatron_vespo.samples.store import read_batch
 
-SLOW_ENGINE = {"step_s": 0.004, "update_s": 0.0}
-SLOW_TRAINER = {"step_s": 0.001, "update_s": 0.05}
+SLOW_ENGINE = {"step_s": 0.002, "update_s": 0.0}
+SLOW_TRAINER = {"step_s": 0.001, "update_s": 0.02}
 STRAGGLERS = tuple(60 if i % 7 == 0 else 3 for i in range(PROMPTS))
 
 

@@ -66,6 +66,7 @@ def test_there_and_back_is_bitwise(kind: str, tmp_path: Path) -> None:
     (tmp_path / "megatron").rename(tmp_path / "moved")  # nothing in it may name where it was made
     to_hf(tmp_path / "moved", tmp_path / "back")
     assert differences(load_file(tmp_path / "back" / "model.safetensors"), hf) == []
+    assert verify(hf, tmp_path / "moved", logits=kind not in FAST).proven
 
 
 def test_tokenizer_template_and_generation_config_come_along(tmp_path: Path) -> None:
@@ -226,6 +227,20 @@ def test_a_full_disk_in_the_middle_is_named_and_gone_on_from(
     assert (out / "checksums.json").read_bytes() == (whole / "checksums.json").read_bytes()
     assert verify(hf, out, logits=False).bitwise == len(tensors)
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_a_line_torn_by_a_kill_spoils_no_later_one(tmp_path: Path) -> None:
+    written = {"a": {"checksum": "1"}}
+    for torn in ('{"tensor": "b", "wri', '{"tensor'):
+        left = partial.Partial(tmp_path / "out", {"command": "x"})
+        assert left.done == ({"a": written} if torn == '{"tensor' else {})
+        left.record("a", written)
+        left._journal.close()  # as a kill does
+        with (tmp_path / "out.partial" / partial.JOURNAL).open("a") as journal:
+            journal.write(torn)
+    left = partial.Partial(tmp_path / "out", {"command": "x"})
+    assert left.done == {"a": written}
+    left.close()
 
 
 def test_too_small_a_disk_is_refused_before_the_start(

@@ -71,7 +71,9 @@ def test_at_constant_lag_every_token_is_so_many_versions_old(modes: Modes) -> No
     assert steps[2]["k3_stale"] > 1e-4
     # What was sampled ahead is in the checkpoint, with the log pi_old of weights that are gone.
     resumed = modes.resumed(ours, "lag_2_resumed", 3, **settings)
-    assert resumed.numbers()[-3:] == ours.numbers()[-3:]
+    for mine, other in zip(resumed.numbers()[-3:], ours.numbers()[-3:], strict=True):
+        # The probe is of the first responses that a process sees.
+        assert not {name for name in mine if mine[name] != other[name] and not name.startswith("sync_probe")}
     assert all(torch.equal(value, ours.weights()[name]) for name, value in resumed.weights().items())
 
 

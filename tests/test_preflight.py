@@ -93,3 +93,40 @@ def test_router_losses_are_refused_for_a_dense_model(
         assert main(["train", "model_configs/qwen3_8b_vespo.yaml", setting, "--dry-run"]) == 2
         assert f"model.{field} = 0.01, but the model (qwen3) has no experts; set it to 0" in capsys.readouterr().err
         assert main(["train", "model_configs/qwen3_30b_a3b_vespo.yaml", setting, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["train.mode=constant_lag", "train.mini_batches=2"], "train.mini_batches = 2: a batch cut into"),
+        (
+            ["asynchronous.sync_every=4", "asynchronous.max_staleness=2"],
+            "max_staleness = 2 with asynchronous.sync_every = 4",
+        ),
+        (["asynchronous.max_open=3"], "max_open = 3: an update takes 4 prompt groups"),
+        (["asynchronous.too_stale=down_weight"], "down_weight with asynchronous.old_logprobs = exact"),
+        (
+            ["asynchronous.too_stale=down_weight", "asynchronous.old_logprobs=engine", "objective.name=oapl"],
+            "a target of this objective and no factor",
+        ),
+        (["asynchronous.old_logprobs=engine", "objective.correction=tis"], "correction = tis needs the trainer's"),
+        (["asynchronous.old_logprobs=engine", "model.routing_replay=r2"], "routing_replay = r2 replays the pass"),
+    ],
+)
+def test_settings_of_a_mode_that_do_not_go_together(tmp_path: Path, overrides: list[str], message: str) -> None:
+    config = make_run(tmp_path)
+    mode = ["train.mode=asynchronous"]
+    with pytest.raises(ConfigError, match=message):
+        check_run(load_config(config, [*mode, *overrides]).run)
+    if "train.mode=constant_lag" not in overrides:
+        check_run(load_config(config, overrides).run)  # a synchronous run does not read them
+    check_run(load_config(config, mode).run)
+
+
+def test_the_plan_says_what_kept_weights_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = ["train.mode=asynchronous", "asynchronous.sync_every=2", "asynchronous.max_staleness=5"]
+    assert main(["train", "model_configs/qwen3_8b_vespo.yaml", *settings, "--dry-run"]) == 0
+    assert "host memory  up to 3 x " in capsys.readouterr().out

@@ -242,6 +242,7 @@ def another_checkpoint(folder: Path) -> list[str]:
         (broken_data, "broken.jsonl, line 6"),
         (missing_field, "nofield.jsonl, line 2"),
         (another_checkpoint, "hidden_size is 32 there and 64 here"),
+        (lambda folder: ["checkpoint.resume=false"], "holds the checkpoints of an earlier run"),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(

@@ -212,7 +212,7 @@ def serve(pipe: Connection, function: RewardFunction, timeout_s: float) -> None:
     while True:
         try:
             batch = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         for response, answer in batch:
             # The parent kills at timeout_s. If it is gone, the kernel does: SIGALRM's default action ends the process

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_vespo.samples.ledger_schema import FILE, OPEN, PENDING, among, payload_file
+from megatron_vespo.samples.ledger_schema import FILE, OPEN, among
+from megatron_vespo.samples.payloads import Payloads
 
 Column = Callable[[Counter[str]], int]
 PROBLEMS_SHOWN = 20
@@ -50,6 +51,12 @@ class Account:
 
 def account(run_dir: Path) -> Account:
     """Raises :class:`NoLedger`."""
+    found = _counted(run_dir)
+    # Of a run that goes on, a payload may have been released since the moment that was counted.
+    return found if found.balances else _counted(run_dir)
+
+
+def _counted(run_dir: Path) -> Account:
     path = run_dir / FILE
     if not path.is_file():
         raise NoLedger(f"{run_dir}: no {FILE} there; give the directory of a run")
@@ -57,14 +64,14 @@ def account(run_dir: Path) -> Account:
         db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=30)
         try:
             db.execute("BEGIN")  # one moment of a run that goes on
-            return _account(db, run_dir / PENDING)
+            return _account(db, Payloads(run_dir))
         finally:
             db.close()
     except sqlite3.Error as error:
         raise NoLedger(f"{path}: cannot be read ({error})") from None
 
 
-def _account(db: sqlite3.Connection, pending: Path) -> Account:
+def _account(db: sqlite3.Connection, payloads: Payloads) -> Account:
     result = Account()
     for step, state, reason, count in db.execute(
         "SELECT g.step, s.state, s.reason, count(*) FROM samples s JOIN groups g ON g.id = s.prompt_group "
@@ -85,7 +92,7 @@ def _account(db: sqlite3.Connection, pending: Path) -> Account:
     result.updates = dict(db.execute("SELECT version, count(*) FROM samples WHERE state = 'trained' GROUP BY 1"))
     result.rollbacks = db.execute("SELECT time, version, untrained, reused, dropped FROM rollbacks").fetchall()
     for check in (_damage, _miscounts, _collisions, _lost_payloads):
-        result.problems += check(db, pending)
+        result.problems += check(db, payloads)
     for step in sorted(result.asked.keys() | result.steps.keys()):
         asked, found = result.asked[step], sum(result.steps.get(step, Counter()).values())
         if asked != found:
@@ -98,11 +105,11 @@ def _account(db: sqlite3.Connection, pending: Path) -> Account:
     return result
 
 
-def _damage(db: sqlite3.Connection, pending: Path) -> list[str]:
+def _damage(db: sqlite3.Connection, payloads: Payloads) -> list[str]:
     return [f"the file is damaged: {line}" for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
 
 
-def _miscounts(db: sqlite3.Connection, pending: Path) -> list[str]:
+def _miscounts(db: sqlite3.Connection, payloads: Payloads) -> list[str]:
     rows = db.execute(
         "SELECT g.name, g.size, count(s.id) FROM groups g LEFT JOIN samples s ON s.prompt_group = g.id "
         "AND s.id BETWEEN g.first AND g.first + g.size - 1 GROUP BY g.id HAVING count(s.id) != g.size"
@@ -115,7 +122,7 @@ def _miscounts(db: sqlite3.Connection, pending: Path) -> list[str]:
     return problems + ([f"{strangers} samples are of no prompt group"] if strangers else [])
 
 
-def _collisions(db: sqlite3.Connection, pending: Path) -> list[str]:
+def _collisions(db: sqlite3.Connection, payloads: Payloads) -> list[str]:
     """A mini-batch has each of its places once, and none between them is empty."""
     rows = db.execute(
         "SELECT version, count(*), count(DISTINCT slot), max(slot) + 1 FROM samples WHERE state = 'trained' "
@@ -127,7 +134,7 @@ def _collisions(db: sqlite3.Connection, pending: Path) -> list[str]:
     ]
 
 
-def _lost_payloads(db: sqlite3.Connection, pending: Path) -> list[str]:
+def _lost_payloads(db: sqlite3.Connection, payloads: Payloads) -> list[str]:
     rows = db.execute(
         "SELECT s.payload, p.bytes, g.name || '/' || (s.id - g.first), s.state FROM samples s JOIN groups g "
         "ON g.id = s.prompt_group LEFT JOIN payloads p ON p.id = s.payload "
@@ -135,9 +142,9 @@ def _lost_payloads(db: sqlite3.Connection, pending: Path) -> list[str]:
     ).fetchall()
     problems = []
     for payload, size, name, state in rows:
-        path = None if payload is None else payload_file(pending, payload)
-        if path is None or not path.is_file() or path.stat().st_size != size:
-            problems.append(f"sample {name} is {state}, and its tokens are not in {path or pending}")
+        if payload is None or payloads.size(payload) != size:
+            where = payloads.folder if payload is None else payloads.path(payload)
+            problems.append(f"sample {name} is {state}, and its tokens are not in {where}")
     return problems
 
 

@@ -51,11 +51,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.samples.disk import DiskFull, file_digest
-from megatron_vespo.samples.ledger_schema import BEFORE, FILE, OPEN, PENDING, SCHEMA, among, payload_file
+from megatron_vespo.samples.disk import DiskFull
+from megatron_vespo.samples.ledger_schema import BEFORE, FILE, OPEN, SCHEMA, among
+from megatron_vespo.samples.payloads import PayloadReader, Payloads
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.rollback import Rollback, undo
-from megatron_vespo.samples.store import StoreError, read_batch, write_batch
 
 LOG_PAGES = 8192
 """32 MiB of log."""
@@ -86,8 +86,8 @@ class Ledger:
     def __init__(self, run_dir: Path, *, anew: bool = False) -> None:
         """``anew``: a ledger that is there is kept as ``ledger.previous.sqlite``, without its payloads."""
         self.path = run_dir / FILE
-        self.pending = run_dir / PENDING
-        self.pending.mkdir(parents=True, exist_ok=True)
+        self.payloads = Payloads(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
         self._owner = (run_dir / "ledger.lock").open("w")
         try:
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,8 +108,9 @@ class Ledger:
         self._db.executescript(SCHEMA)
         self._adopted = self._last("groups")
         """Groups up to this one were asked before this process, or before its last rollback."""
-        self._payloads = self._last("payloads")
-        self._remove_strays()
+        self._newest_payload = self._last("payloads")
+        # Strays: their transaction was never committed, or that of their removal was.
+        self.payloads.remove_all_but(row[0] for row in self._db.execute("SELECT id FROM payloads"))
 
     def close(self) -> None:
         with self._mutex:
@@ -186,24 +187,24 @@ class Ledger:
 
     def recall(self, names: Sequence[str]) -> dict[str, list[Sample]]:
         """The groups among ``names`` of which every response is on disk and not assigned; scored ones have their
-        rewards. Raises :class:`LedgerError` where a payload cannot be read."""
+        rewards. Raises StoreError where a payload cannot be read."""
         found: dict[str, list[Sample]] = {}
-        files = _Files(self.pending)
+        reader = PayloadReader(self.payloads)
         with self._mutex:
             for name in names:
                 rows = self._samples_of(name)
                 if rows and all(row[0] in ("generated", "scored") for row in rows):
-                    found[name] = [files.sample(*row[1:]) for row in rows]
+                    found[name] = [reader.sample(*row[1:]) for row in rows]
         return found
 
     def partial(self) -> list[Sample]:
         """The responses under way that are on disk, in the order of asking."""
-        files = _Files(self.pending)
+        reader = PayloadReader(self.payloads)
         with self._mutex:
             rows = self._db.execute(
                 "SELECT payload, place, grade, reward, error FROM samples WHERE state = 'generating' ORDER BY id"
             ).fetchall()
-        return [files.sample(*row) for row in rows]
+        return [reader.sample(*row) for row in rows]
 
     def unfinished(self) -> list[Group]:
         """Groups with a sample that is neither trained nor dropped, in the order of asking."""
@@ -270,7 +271,7 @@ class Ledger:
             self._db.executemany("UPDATE samples SET payload = NULL, place = NULL WHERE payload = ?", done)
             self._db.executemany("DELETE FROM payloads WHERE id = ?", done)
         for (payload,) in done:
-            payload_file(self.pending, payload).unlink(missing_ok=True)
+            self.payloads.remove(payload)
 
     def roll_back(self, version: int, recipe: Mapping[str, Any]) -> Rollback | None:
         """The weights are those of ``version`` again: whatever is assigned, and what was trained or dropped
@@ -289,7 +290,9 @@ class Ledger:
             self._set_fact("version", str(version))
             if not self._last("groups"):
                 return None
-            result = undo(self._db, version, self._broken(), "config changed" if changed else None)
+            known = self._db.execute("SELECT id, bytes, digest FROM payloads").fetchall()
+            broken = [row[0] for row in known if not self.payloads.is_intact(*row)]
+            result = undo(self._db, version, broken, "config changed" if changed else None)
             self._adopted = self._last("groups")
         return result
 
@@ -299,18 +302,16 @@ class Ledger:
         if not samples:
             return
         with self._mutex:
-            self._payloads += 1
-            payload, path = self._payloads, payload_file(self.pending, self._payloads)
-            write_batch(path, samples)
+            self._newest_payload += 1
+            payload = self._newest_payload
+            size, digest = self.payloads.write(payload, samples)
             try:
                 with self._transaction():
-                    self._db.execute(
-                        "INSERT INTO payloads VALUES (?, ?, ?)", (payload, path.stat().st_size, file_digest(path))
-                    )
+                    self._db.execute("INSERT INTO payloads VALUES (?, ?, ?)", (payload, size, digest))
                     values = [(payload, place, state == "generated") for place in range(len(samples))]
                     self._move([s.id for s in samples], state, "payload = ?, place = ?, whole = ?", values)
             except BaseException:
-                path.unlink(missing_ok=True)
+                self.payloads.remove(payload)
                 raise
 
     def _move(
@@ -373,25 +374,6 @@ class Ledger:
             (name,),
         ).fetchall()
 
-    def _broken(self) -> list[int]:
-        """Payloads that are not what was written."""
-
-        def intact(payload: int, size: int, digest: str) -> bool:
-            path = payload_file(self.pending, payload)
-            try:
-                return path.stat().st_size == size and file_digest(path) == digest
-            except OSError:
-                return False
-
-        return [row[0] for row in self._db.execute("SELECT id, bytes, digest FROM payloads") if not intact(*row)]
-
-    def _remove_strays(self) -> None:
-        """Payloads whose transaction was never committed, or whose removal was."""
-        named = {payload_file(self.pending, row[0]) for row in self._db.execute("SELECT id FROM payloads")}
-        for path in self.pending.iterdir():
-            if path not in named:
-                path.unlink()
-
     def _last(self, table: str) -> int:
         return self._db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0]
 
@@ -412,23 +394,3 @@ class Ledger:
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                     raise DiskFull(f"{self.path}: the disk is full ({error}); the ledger is as it was before") from None
                 raise
-
-
-class _Files:
-    """Payload files, each read once."""
-
-    def __init__(self, pending: Path) -> None:
-        self.pending = pending
-        self._read: dict[int, list[Sample]] = {}
-
-    def sample(self, payload: int, place: int, grade: float | None, reward: float | None, error: str | None) -> Sample:
-        if payload not in self._read:
-            try:
-                self._read[payload] = read_batch(payload_file(self.pending, payload))
-            except StoreError as broken:
-                raise LedgerError(f"{broken}; start the run again, and what is missing is sampled anew") from None
-        sample = self._read[payload][place]
-        sample.grade, sample.reward = grade, reward
-        if error is not None:
-            sample.metadata["reward_error"] = error
-        return sample

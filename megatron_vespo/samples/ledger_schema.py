@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 FILE = "ledger.sqlite"
-PENDING = "pending"
 OPEN = ("asked", "generating", "generated", "scored", "assigned")
 FINAL = ("trained", "dropped")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -67,10 +65,6 @@ CREATE TABLE IF NOT EXISTS undone (     -- what a rollback took back, sample by 
     becomes TEXT NOT NULL
 ) STRICT;
 """
-
-
-def payload_file(pending: Path, payload: int) -> Path:
-    return pending / f"{payload:08d}.safetensors"
 
 
 def among(column: str, states: Sequence[str]) -> str:

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_vespo.cli.commands import Commands
+
 DESCRIPTION = "convert an HF folder to Megatron's distributed checkpoint and back, and prove it"
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     convert = commands.add_parser("convert", help=DESCRIPTION, description=DESCRIPTION)
     verbs = convert.add_subparsers(dest="verb", required=True)
 
@@ -55,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    verbs: Commands,
     name: str,
     text: str,
     run: Callable[[argparse.Namespace], int],
