@@ -263,7 +263,7 @@ def test_json_and_a_measured_run(runs: tuple[Path, Path], capsys: pytest.Capture
     page = json.loads(capsys.readouterr().out)
     assert sum(split["recommended"] for split in page["splits"]) == 1
     assert page["gpus"] == 3 and page["rates"]["update"] == pytest.approx(0.1, rel=1e-3)
-    assert set(page["measured"]) == {str(run) for run in runs}
+    assert set(page["runs"]) == {str(run) for run in runs}
     assert main(command) == 0
     out = capsys.readouterr().out
     assert out.count("predicted    measured") == 2 and "rates measured over 14 steps" in out

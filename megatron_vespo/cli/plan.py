@@ -38,20 +38,18 @@ def _plan(options: argparse.Namespace) -> int:
     resolved = load_config(options.config, settings)
     if options.simulate:
         from megatron_vespo.loop.preflight_mode import check_mode
-        from megatron_vespo.plan.report import simulate_plan
+        from megatron_vespo.plan.report import as_json, as_text, simulate_plan
 
         check_mode(resolved.run)
-        print(
-            simulate_plan(
-                resolved.run,
-                run_dirs=options.run_dirs,
-                rates_file=options.rates_file,
-                assumptions=ours,
-                gpus=options.gpus,
-                seed=options.seed,
-                as_text=not options.json,
-            )
+        page = simulate_plan(
+            resolved.run,
+            run_dirs=options.run_dirs,
+            rates_file=options.rates_file,
+            assumptions=ours,
+            gpus=options.gpus,
+            seed=options.seed,
         )
+        print(as_json(page) if options.json else as_text(page))
         return 0
     if ours or options.run_dirs or options.rates_file or options.gpus or options.json:
         raise ConfigError("rates, --from, --gpus and --json belong to a simulation; add --simulate")

@@ -162,7 +162,7 @@ def measured_outcome(run_dir: Path) -> Outcome:
         trainer_idle=share("wait", "rollout", "reward", "driver"),
         trainer_sync=share("sync"),
         engine_idle=1 - sum(step.engine_busy * step.total_s for step in steps) / seconds,
-        engine_running=float("nan"),
+        engine_running=None,
         dropped=dropped / max(1, groups + dropped),
         late=0.0,
     )

@@ -26,8 +26,8 @@ class Outcome:
     """Share in which it publishes weights."""
     engine_idle: float
     """Share in which an engine has nothing to decode, or is paused; mean over the engines."""
-    engine_running: float
-    """Running responses an engine, mean over the time."""
+    engine_running: float | None
+    """Running responses an engine, mean over the time; None: not known."""
     dropped: float
     """Share of the groups that were trained or dropped that was dropped."""
     late: float

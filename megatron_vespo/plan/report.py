@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_vespo.config.load import ConfigError, load_config
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.plan.calibrate import Calibration, calibrate, measured_outcome
 from megatron_vespo.plan.outcome import Outcome
-from megatron_vespo.plan.rates import Assumptions, change_rates, load_assumptions
+from megatron_vespo.plan.rates import Assumptions, Rates, change_rates, load_assumptions
 from megatron_vespo.plan.recommend import Candidate, Forecast, recommended
 from megatron_vespo.plan.setup import plant_of, replica_step, schedule_of
-from megatron_vespo.plan.tables import as_json, beside, describe, table
+from megatron_vespo.plan.tables import beside, describe, numbers, table
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that was simulated and measured."""
+
+    origin: str
+    """Of the rates."""
+    rates: Rates
+    gpus: int
+    own: Candidate
+    """The config's own split."""
+    splits: list[Candidate]
+    split: Candidate
+    """The best of them."""
+    intervals: list[Candidate]
+    """Sync intervals at that split; empty where the loop has none."""
+    best: Candidate
+    references: list[Candidate]
+    """The synchronous loop on as many GPUs, where the config's is asynchronous."""
+    runs: dict[str, tuple[Outcome, Outcome]]
+    """Run directory -> (predicted, measured)."""
 
 
 def simulate_plan(
@@ -26,53 +47,74 @@ def simulate_plan(
     assumptions: Sequence[str] = (),
     gpus: int | None = None,
     seed: int = 0,
-    as_text: bool = True,
-) -> str:
-    """The page, or JSON. assumptions: ``rates.sync=20`` and the like. Raises ConfigError."""
+) -> Page:
+    """assumptions: ``rates.sync=20`` and the like. Raises ConfigError."""
     source = _source(run_dirs, rates_file, assumptions)
     forecast = Forecast(source.rates, source.workload if isinstance(source, Calibration) else source.lengths, seed=seed)
     plant, schedule = plant_of(config), schedule_of(config)
+    gpus = gpus or plant.gpus
     try:
         own = forecast.of(plant, schedule)
-        splits = forecast.splits(gpus or plant.gpus, plant, schedule, step=replica_step(config))
-        best = recommended(splits)
-        intervals = forecast.intervals(best.plant, schedule)
-        chosen = recommended(intervals) if intervals else best
-        others = _references(forecast, gpus or plant.gpus, best)
+        splits = forecast.splits(gpus, plant, schedule, step=replica_step(config))
+        split = recommended(splits)
+        intervals = forecast.intervals(split.plant, schedule)
+        return Page(
+            origin=_origin(source, run_dirs, rates_file),
+            rates=source.rates,
+            gpus=gpus,
+            own=own,
+            splits=splits,
+            split=split,
+            intervals=intervals,
+            best=recommended(intervals) if intervals else split,
+            references=_references(forecast, gpus, split),
+            runs={str(run_dir): (_predicted(forecast, run_dir), measured_outcome(run_dir)) for run_dir in run_dirs},
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    measured = {str(run_dir): measured_outcome(run_dir) for run_dir in run_dirs}
-    if not as_text:
-        page: dict[str, Any] = {
-            "gpus": gpus or plant.gpus,
-            "rates": source.rates.model_dump(),
-            "config": as_json(own),
-            "splits": [as_json(candidate, candidate is best) for candidate in splits],
-            "sync_intervals": [as_json(candidate, candidate is chosen) for candidate in intervals],
-            "references": [as_json(candidate) for candidate in others],
-            "recommended": as_json(chosen, True),
-            "measured": {name: outcome.summary() for name, outcome in measured.items()},
-        }
-        return json.dumps(page, indent=2)
 
-    blocks = [_origin(source, run_dirs, rates_file)]
-    blocks += [f"the config: {describe(plant, schedule)}\n{table([own])}"]
-    blocks += [f"{gpus or plant.gpus} GPUs, split\n{table(splits, best)}"]
-    if intervals:
-        blocks += [f"sync intervals at that split\n{table(intervals, chosen)}"]
-    if others:
-        blocks += [f"the synchronous loop on as many GPUs\n{table(others)}"]
-    blocks += [
-        f"recommended: {chosen.plant.rollout_gpus} GPUs for {chosen.plant.engines} engine(s), "
-        f"{chosen.plant.trainer_gpus} for the trainer"
-        + (f", asynchronous.sync_every={chosen.schedule.sync_every}" if intervals else "")
+
+def as_text(page: Page) -> str:
+    plant, schedule = page.best.plant, page.best.schedule
+    blocks = [
+        page.origin,
+        f"the config: {describe(page.own.plant, page.own.schedule)}\n{table([page.own])}",
+        f"{page.gpus} GPUs, split\n{table(page.splits, page.split)}",
     ]
-    for run_dir in run_dirs:
-        blocks += [_prediction(forecast, run_dir, measured[str(run_dir)])]
-    scale = max(candidate.scale for candidate in (own, *splits, *intervals, *others))
+    if page.intervals:
+        blocks.append(f"sync intervals at that split\n{table(page.intervals, page.best)}")
+    if page.references:
+        blocks.append(f"the synchronous loop on as many GPUs\n{table(page.references)}")
+    interval = f", asynchronous.sync_every={schedule.sync_every}" if page.intervals else ""
+    blocks.append(
+        f"recommended: {plant.rollout_gpus} GPUs for {plant.engines} engine(s), {plant.trainer_gpus} for the trainer"
+        + interval
+    )
+    blocks += [f"{run_dir}\n{beside(*outcomes)}" for run_dir, outcomes in page.runs.items()]
+    scale = max(candidate.scale for candidate in (page.own, *page.splits, *page.intervals, *page.references))
     if scale > 1:
-        blocks += [f"Simulated in small, down to 1 : {scale:.3g} (docs/simulator.md says what that leaves out)."]
+        blocks.append(f"Simulated in small, down to 1 : {scale:.3g} (docs/simulator.md says what that leaves out).")
     return "\n\n".join(blocks)
+
+
+def as_json(page: Page) -> str:
+    return json.dumps(
+        {
+            "gpus": page.gpus,
+            "rates": page.rates.model_dump(),
+            "config": numbers(page.own),
+            "splits": [numbers(candidate, candidate is page.split) for candidate in page.splits],
+            "sync_intervals": [numbers(candidate, candidate is page.best) for candidate in page.intervals],
+            "references": [numbers(candidate) for candidate in page.references],
+            "recommended": numbers(page.best, True),
+            "runs": {
+                run_dir: {"predicted": predicted.summary(), "measured": measured.summary()}
+                for run_dir, (predicted, measured) in page.runs.items()
+            },
+        },
+        indent=2,
+        allow_nan=False,
+    )
 
 
 def _source(run_dirs: Sequence[Path], rates_file: Path | None, assumptions: Sequence[str]) -> Calibration | Assumptions:
@@ -115,7 +157,6 @@ def _origin(source: Calibration | Assumptions, run_dirs: Sequence[Path], rates_f
     )
 
 
-def _prediction(forecast: Forecast, run_dir: Path, measured: Outcome) -> str:
+def _predicted(forecast: Forecast, run_dir: Path) -> Outcome:
     config = load_config(run_dir / "config.resolved.yaml").run
-    own = forecast.of(plant_of(config), schedule_of(config))
-    return f"{run_dir}\n{beside(own.outcome, measured)}"
+    return forecast.of(plant_of(config), schedule_of(config)).outcome

@@ -46,7 +46,7 @@ def row(candidate: Candidate, best: bool = False) -> str:
     return (
         f"{split:>18}{every:>6}{outcome.samples_per_s:>11.4g}{outcome.tokens_per_s:>11,.0f}"
         f"{outcome.updates_per_hour:>11.4g}{outcome.trainer_idle:>9.1%}{outcome.engine_idle:>9.1%}"
-        f"{outcome.engine_running:>9.1f}{staleness:>18}{lost:>9}" + ("  <- recommended" if best else "")
+        f"{outcome.engine_running or 0.0:>9.1f}{staleness:>18}{lost:>9}" + ("  <- recommended" if best else "")
     )
 
 
@@ -69,7 +69,8 @@ def beside(predicted: Outcome, measured: Outcome) -> str:
     return "\n".join(lines)
 
 
-def as_json(candidate: Candidate, best: bool = False) -> dict[str, Any]:
+def numbers(candidate: Candidate, best: bool = False) -> dict[str, Any]:
+    """For JSON."""
     plant, schedule = candidate.plant, candidate.schedule
     return {
         "rollout_gpus": plant.rollout_gpus,
