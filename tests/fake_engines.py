@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,8 +104,10 @@ class FakeLauncher:
         self.fails: Callable[[int], str | None] = lambda attempt: None
         self.seconds = 0.0
         self.lies = 0
+        self.began = threading.Event()
 
     def relaunch(self, index: int, weights: ServedWeights) -> FakeEngine:
+        self.began.set()
         time.sleep(self.seconds)
         engine = FakeEngine(f"http://again-{index}", version=weights.version + self.lies, **self.engine)
         self.launched.append((index, weights, engine))

@@ -126,6 +126,7 @@ def test_weights_that_come_during_a_restart_are_loaded_before_the_first_request(
     pool = make(pools, engines, launcher)
     engines[0].die()
     pool.generate([request("a")])
+    assert launcher.began.wait(10)
     pool.update_weights_from_disk(Path("/weights/8"), 8)
     while len(pool.engines) < 2:
         time.sleep(0.01)
