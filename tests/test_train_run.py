@@ -162,12 +162,10 @@ def kill_those(folder: Path, which: Callable[[int], bool]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("transport", ["disk", "shared_memory"])
-def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(
-    finished: Path, tmp_path: Path, transport: str
-) -> None:
+def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+    """Weights that lie in no folder; the chaos above kills an engine under the disk transport."""
     config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
-    process = start(config, f"sync.transport={transport}")
+    process = start(config, "sync.transport=shared_memory")
     log = tmp_path / "run" / "logs" / "rollout.log"
     wait_until(lambda: len(records(tmp_path / "run")) > 0, 300, "first evaluation")
     kill_those(tmp_path, is_engine)

@@ -51,10 +51,6 @@ def test_a_damaged_tensor_ends_the_run_with_its_name_and_nothing_left(tmp_path: 
             ["sync.transport=shared_memory", "rollout.urls=[http://10.0.0.7:30000]"],
             ["sync.transport = shared_memory", "rollout.urls", "http://10.0.0.7:30000"],
         ),
-        (
-            ["rollout.engine=sglang", "rollout.precision=fp8", "rollout.urls=[http://127.0.0.1:30000]"],
-            ["sync.transport = disk", "rollout.precision = fp8"],
-        ),
         (["rollout.urls=[http://10.0.0.7:30000]"], ["sync.transport = disk", "rollout.urls", "no sync.folder"]),
     ],
 )
