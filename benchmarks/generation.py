@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM
 from megatron_vespo import platform
 from megatron_vespo.quickstart.checkpoint import model_config
 from megatron_vespo.rollout import EngineError, GenerateRequest, SamplingParams, launch_engine
-from megatron_vespo.rollout.launch import DTYPES
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARY = 512
 PROMPT_TOKENS = 24
 
@@ -52,7 +52,7 @@ def by_transformers(folder: Path, precision: str, batch: int, new_tokens: int, r
     """Seconds of the best pass."""
     torch.set_num_threads(1)
     device = platform.current().device
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[precision])).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).to(device).eval()
     prompts = torch.from_numpy(make_prompts(batch)).long().to(device)
     seconds = []
     for _ in range(repeats + 1):
