@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +229,25 @@ def test_a_full_disk_in_the_middle_is_named_and_gone_on_from(
     assert (out / "checksums.json").read_bytes() == (whole / "checksums.json").read_bytes()
     assert verify(hf, out, logits=False).bitwise == len(tensors)
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_an_early_flush_that_failed_is_not_forgotten(
+    moe: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells a disk's error once a descriptor: the flushes afterwards succeed."""
+    fsync, told = os.fsync, list[int]()
+
+    def failing_once(descriptor: int) -> None:
+        if not told:
+            told.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(files.os, "fsync", failing_once)
+    with pytest.raises(WeightsError, match=r"\.distcp: did not get to the disk: Input/output error"):
+        to_megatron(moe[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_line_torn_by_a_kill_spoils_no_later_one(tmp_path: Path) -> None:
