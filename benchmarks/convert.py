@@ -86,9 +86,10 @@ def measure(options: argparse.Namespace, root: Path) -> None:
     for _ in range(options.repeats):
         for what, command in steps:
             source = root / ("hf" if what.endswith(("to-megatron", "in")) else "megatron")
-            for line in (copy(source, root / "copy", options), run(what, command, options)):
+            copied = copy(source, root / "copy", options)
+            shutil.rmtree(root / "copy")  # what caches hold of it would make the conversion read from the disk
+            for line in (copied, run(what, command, options)):
                 lines.setdefault(line.what, []).append(line)
-            shutil.rmtree(root / "copy")
         same = checksums(root / "megatron") == checksums(root / "back")
         for folder in root.iterdir():
             if folder.name != "hf":
