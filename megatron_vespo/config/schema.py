@@ -157,6 +157,11 @@ class RolloutConfig(Section):
     """Further flags for the engine's command line, passed through: {tp-size: 2}. True: a bare flag; a list: several
     values; a mapping: JSON."""
 
+    @property
+    def engine_count(self) -> int:
+        """Launched here or started by someone else."""
+        return len(self.urls) or self.engines
+
 
 class DataConfig(Section):
     train: Path

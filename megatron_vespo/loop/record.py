@@ -67,10 +67,9 @@ def _take_times(run: Run) -> dict[str, Any]:
     spans, busy = run.timer.take(), run.engines.pool.take_busy()
     seconds = seconds_by_phase(spans)
     wall = sum(seconds.values())
-    engines = len(run.config.rollout.urls) or run.config.rollout.engines
     return {
         "busy/trainer": sum(seconds.get(phase, 0.0) for phase in WORK) / wall,
-        "busy/engines": sum(span.end - span.start for span in busy) / (engines * wall),
+        "busy/engines": sum(span.end - span.start for span in busy) / (run.config.rollout.engine_count * wall),
         "timeline": timeline(
             [("trainer", span) for span in spans]
             + [(f"engine {s.engine}", Span("sampling", s.start, s.end)) for s in busy]

@@ -71,7 +71,7 @@ def plant_of(config: RunConfig) -> Plant:
     parallel = config.parallel
     replica = parallel.tensor * parallel.pipeline * parallel.context
     return Plant(
-        engines=len(config.rollout.urls) or config.rollout.engines,
+        engines=config.rollout.engine_count,
         engine_gpus=engine_gpus(config),
         replicas=config.cluster.world_size // replica,
         replica_gpus=replica,
@@ -100,7 +100,7 @@ def schedule_of(config: RunConfig) -> Schedule:
     asynchronous = config.asynchronous
     schedule = Schedule(
         mode=config.train.mode,
-        groups=config.train.prompts_per_step // config.train.mini_batches,
+        groups=config.groups_per_update,
         size=config.rollout.samples_per_prompt,
         longest=config.rollout.max_response_tokens,
         mini_batches=config.train.mini_batches,
