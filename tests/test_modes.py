@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 def modes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Modes]:
     train = {"steps": 4, "mini_batches": 1, "prompts_per_step": 4}
     folder = tmp_path_factory.mktemp("modes")
-    with pytest.MonkeyPatch.context() as patch, modes_here(folder, patch, train=train, evaluate={"every": 2}) as modes:
+    # The engine is to be slower than the trainer, on any machine: then each sync finds responses under way.
+    sections = {"train": train, "evaluate": {"every": 2}, "rollout": {"engine_args": {"max-running-requests": 2}}}
+    with pytest.MonkeyPatch.context() as patch, modes_here(folder, patch, **sections) as modes:
         yield modes
 
 

@@ -11,9 +11,18 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-@cache
+_starting = threading.Lock()
+
+
 def io_loop() -> asyncio.AbstractEventLoop:
     """The loop, started at the first call."""
+    # Many threads may be the first at once (episodes are), and ``cache`` alone would let each start a loop of its own.
+    with _starting:
+        return _started()
+
+
+@cache
+def _started() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rollout-io", daemon=True).start()
     return loop
