@@ -32,6 +32,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.cluster.ray_cluster import ClusterError
     from megatron_vespo.loop.modes import train
     from megatron_vespo.loop.start import open_run
+    from megatron_vespo.loop.stop import STOPPED, StoppedEarly
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
@@ -45,6 +46,9 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with open_run(resolved) as run:
             train(run)
+    except StoppedEarly as stopped:
+        print(stopped)
+        return STOPPED
     except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ from ray.exceptions import RayError
 
 from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
-from megatron_vespo.cluster.ray_cluster import ClusterError, spans_nodes
+from megatron_vespo.cluster.ray_cluster import ROLLOUT_NODE, ClusterError, spans_nodes
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
 from megatron_vespo.rollout.health import wait_until_ready
-from megatron_vespo.rollout.launch import LOOPBACK, flag_names
+from megatron_vespo.rollout.launch import LOOPBACK, flag_names, processes_of
 from megatron_vespo.rollout.precision import is_block_fp8
 from megatron_vespo.weights.fp8 import quantise_stream
 from megatron_vespo.weights.load import stream_hf
@@ -146,8 +144,11 @@ class EngineGroup:
         return HttpEngine(url, key=self.key, request_timeout_s=self.config.rollout.request_timeout_s)
 
     def _host(self, index: int) -> Any:
-        gpus = float(_ranks(flag_names(self.config.rollout.engine_args)) * platform.current().accelerators_per_rank)
-        return ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(EngineHost).remote(self.logs[index])
+        processes = processes_of(flag_names(self.config.rollout.engine_args))
+        gpus = float(processes * platform.current().accelerators_per_rank)
+        place = {ROLLOUT_NODE: 0.001} if self.config.cluster.rollout_nodes else {}  # any number fits on such a node
+        options: dict[str, Any] = dict(num_cpus=1, num_gpus=gpus, resources=place, max_restarts=0)
+        return ray.remote(**options)(EngineHost).remote(self.logs[index])
 
     def _launch(self, index: int, weights: ServedWeights) -> Any:
         return self._hosts[index].launch.remote(self.config, index, weights, self.key)
@@ -196,14 +197,6 @@ def _patience(config: RunConfig) -> Patience:
         hang_timeout_s=rollout.hang_timeout_s,
         max_restarts=rollout.max_restarts,
     )
-
-
-def _ranks(flags: Mapping[str, Any]) -> int:
-    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
-    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
-    if not flags.get("enable-dp-attention"):
-        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
-    return math.prod(int(size) for size in sizes)
 
 
 def _end(host: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -91,6 +92,14 @@ def launch_engine(
         process.shutdown(grace_s=0)
         raise
     return engine
+
+
+def processes_of(flags: Mapping[str, Any]) -> int:
+    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
+    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
+    if not flags.get("enable-dp-attention"):
+        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
+    return math.prod(int(size) for size in sizes)
 
 
 def flag_names(engine_args: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class SlurmCluster:
             self._start(["slurmctld", "-D"])
             for name in self.names:
                 self.power_on(name)
-            wait_until(lambda: len(self.idle()) == len(self.names), 120, "nodes idle")
+            wait_until(lambda: len(self.idle()) == len(self.names), 60, f"nodes idle (logs: {log})")
         except BaseException:
             self.__exit__()
             raise

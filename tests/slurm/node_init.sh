@@ -8,19 +8,19 @@ hostname "$name"
 mount --make-rprivate /
 # /tmp, /run and /dev/shm are the node's own. What is shared may lie below them, so it is held aside meanwhile.
 aside=$(mktemp -d /var/tmp/slurm-node.XXXXXX)
-for path in "$@"; do
-  mkdir -p "$aside$path"
-  mount --rbind "$path" "$aside$path"
+for place in $(seq $#); do
+  mkdir "$aside/$place"
+  mount --rbind "${!place}" "$aside/$place"
 done
 mount -t tmpfs -o mode=1777,size=4g tmpfs /tmp
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm
-for path in "$@"; do
-  mkdir -p "$path"
-  mount --rbind "$aside$path" "$path"
-  umount -l "$aside$path"
+for place in $(seq $#); do
+  mkdir -p "${!place}"
+  mount --move "$aside/$place" "${!place}"
+  rmdir "$aside/$place"
 done
-find "$aside" -depth -type d -empty -delete
+rmdir "$aside"
 mount --bind "$folder/hosts" /etc/hosts
 ip link set lo up
 mkdir -m 755 /run/vespo-slurm
