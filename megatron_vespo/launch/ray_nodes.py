@@ -51,12 +51,12 @@ def serve(folder: Path, *, first: bool, roles: list[str], temporary: Path, deadl
                 # A raylet whose agent was slow to come gives up 15 s after its start: a loaded node needs a second try.
                 status = node.wait()
             finally:
+                _keep_logs(folder, temporary)  # first: Slurm may leave little time
                 _terminate(node)
             print(f"ray ended with exit code {status}, try {attempt + 1} of {TRIES}", flush=True)
             time.sleep(RETRY_S)
         return 1
     finally:
-        _keep_logs(folder, temporary)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
