@@ -23,8 +23,6 @@ NETWORK = "10.77.31"
 BRIDGE = "vespobr"
 SOCKETS = Path("/run/vespo-slurm")
 GPUS = 8
-NAMED = 8
-"""Nodes that Slurm knows of; those beyond the ones powered on are down."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "unshare", "nsenter")
 OF_THE_NODE = {"node_init.sh", "munged", "slurmd", "sleep"}
 """Processes that a node without jobs has."""
@@ -63,7 +61,7 @@ MinJobAge=600
 UnkillableStepTimeout=20
 GresTypes=gpu
 PlugStackConfig={folder}/plugstack.conf
-NodeName=n[1-{named}] NodeAddr={network}.[11-{last}] CPUs=16 RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName=n[1-{nodes}] NodeAddr={network}.[11-{last}] CPUs=16 RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -88,6 +86,7 @@ class SlurmCluster:
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def _write(self, node_timeout_s: int) -> None:
+        nodes = len(self.names)
         for name in ("log", "state", "dev"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         key = self.folder / "munge.key"
@@ -105,8 +104,8 @@ class SlurmCluster:
             proctrack="proctrack/cgroup" if freezer else "proctrack/linuxproc",
             folder=self.folder,
             node_timeout=node_timeout_s,
-            named=NAMED,
-            last=10 + NAMED,
+            nodes=nodes,
+            last=10 + nodes,
             gpus=GPUS,
         )
         (self.folder / "slurm.conf").write_text(conf)
@@ -115,7 +114,7 @@ class SlurmCluster:
         (self.folder / "cgroup.conf").write_text(cgroup)
         for i in range(GPUS):
             subprocess.run(["mknod", self.folder / f"dev/gpu{i}", "c", "1", "3"], check=True)
-        devices = f"NodeName=n[1-{NAMED}] Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
+        devices = f"NodeName=n[1-{nodes}] Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
         (self.folder / "gres.conf").write_text(devices)
 
     # ------------------------------------------------------------------------------------------ up and down
