@@ -22,10 +22,8 @@ ENDLESS = {"steps": 100_000, "prompts_per_step": 8, "mini_batches": 2, "tokens_p
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     folder = tmp_path_factory.mktemp("slurm")
-    import sys
-
     environment = Path(sys.prefix)
-    with SlurmCluster(folder / "cluster", 3, [ROOT, environment, folder.parent]) as cluster:
+    with SlurmCluster(folder / "cluster", 8, [ROOT, environment, folder.parent]) as cluster:
         yield cluster
 
 
@@ -62,8 +60,8 @@ def test_at_the_time_limit_the_run_stops_with_a_checkpoint_and_goes_on(cluster: 
     job = TinyJob(cluster, folder, 2, "--time=4", "--signal=B:USR1@170", train=ENDLESS, checkpoint={"every": 0})
     wait_until(lambda: job.starts() == 2, 280, "the job to be queued again")
     last = job.steps()[-1]
-    assert list(job.run.glob("checkpoints/step_*")) == [job.run / f"checkpoints/step_{last:06d}"], (
-        "not where it stopped"
+    saved = [path.name for path in job.run.glob("checkpoints/step_*")]
+    assert saved == [f"step_{last:06d}"], "not where it stopped"
     )
     job.end_after(last + 2)
     assert job.ended()["JobState"] == "COMPLETED", job.said()
@@ -87,9 +85,8 @@ def test_a_run_whose_node_is_cut_off_goes_on_elsewhere(cluster: SlurmCluster, fo
 
 
 def test_a_crash_loop_is_noticed(cluster: SlurmCluster, folder: Path) -> None:
-    job = TinyJob(
-        cluster, folder, 1, rollout={"engine": "reference", "precision": "fp32", "engine_args": {"nonsense": 1}}
-    )
+    broken = {"engine": "reference", "precision": "fp32", "engine_args": {"nonsense": 1}}
+    job = TinyJob(cluster, folder, 1, rollout=broken)
     assert job.ended()["ExitCode"] == "1:0"
     assert job.starts() == 2, job.said()
     assert "crash loop: 2 starts without a new checkpoint" in job.said()

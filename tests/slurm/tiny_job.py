@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tiny_run import make_run, records
@@ -23,8 +24,8 @@ class TinyJob:
         nodes: int,
         *flags: str,
         launcher: str = "moe_30b_vespo.sh",
-        **sections,
-    ) -> None:  # type: ignore[no-untyped-def]
+        **sections: dict[str, Any],
+    ) -> None:
         folder.mkdir()
         self.cluster, self.folder, self.run = cluster, folder, folder / "run"
         defaults = {
@@ -34,15 +35,8 @@ class TinyJob:
         }
         self.config = make_run(folder, **(defaults | sections))
         self.log = folder / "job.log"
-        command = [
-            "sbatch",
-            "--parsable",
-            f"--nodes={nodes}",
-            f"--output={self.log}",
-            *flags,
-            f"launch/slurm/{launcher}",
-        ]
-        settings = ["train.mini_batches=2"]
+        command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={self.log}", *flags]
+        settings = [f"launch/slurm/{launcher}", "train.mini_batches=2"]
         environment = {
             "CONFIG": str(self.config),
             "RUN_DIR": str(self.run),
