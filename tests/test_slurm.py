@@ -62,7 +62,6 @@ def test_at_the_time_limit_the_run_stops_with_a_checkpoint_and_goes_on(cluster: 
     last = job.steps()[-1]
     saved = [path.name for path in job.run.glob("checkpoints/step_*")]
     assert saved == [f"step_{last:06d}"], "not where it stopped"
-    )
     job.end_after(last + 2)
     assert job.ended()["JobState"] == "COMPLETED", job.said()
     assert job.steps() == list(range(1, last + 3)), "a step is missing, or was made twice"
