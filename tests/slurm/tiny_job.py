@@ -19,7 +19,7 @@ class TinyJob:
 
     def __init__(
         self,
-        cluster: SlurmCluster,
+        slurm: SlurmCluster,
         folder: Path,
         nodes: int,
         *flags: str,
@@ -27,7 +27,7 @@ class TinyJob:
         **sections: dict[str, Any],
     ) -> None:
         folder.mkdir()
-        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        self.slurm, self.folder, self.run = slurm, folder, folder / "run"
         defaults = {
             "cluster": {"nodes": nodes, "ranks_per_node": 1},
             "checkpoint": {"every": 1, "export_hf": False},
@@ -47,13 +47,13 @@ class TinyJob:
             "MAX_STARTS": "2",
             "GRACE_S": "15",
         }
-        self.number = cluster.ask(*command, *settings, cwd=ROOT, **environment).strip()
+        self.number = slurm.ask(*command, *settings, cwd=ROOT, **environment).strip()
 
     def steps(self) -> list[int]:
         return [record["step"] for record in records(self.run) if "loss" in record]
 
     def starts(self) -> int:
-        return 1 + int(self.cluster.job(self.number)["Restarts"])
+        return 1 + int(self.slurm.job(self.number)["Restarts"])
 
     def end_after(self, steps: int) -> None:
         """From its next start on, the run ends there: a config is read at every start."""
@@ -62,7 +62,7 @@ class TinyJob:
         self.config.write_text(yaml.safe_dump(config))
 
     def ended(self, timeout_s: float = 240) -> dict[str, str]:
-        return self.cluster.wait_for(self.number, ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), timeout_s)
+        return self.slurm.wait_for(self.number, ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), timeout_s)
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else "nothing"
