@@ -60,6 +60,7 @@ def test_a_job_with_too_few_nodes_is_refused_before_ray_starts(cluster: SlurmClu
 def test_at_the_time_limit_the_run_stops_with_a_checkpoint_and_goes_on(cluster: SlurmCluster, folder: Path) -> None:
     job = TinyJob(cluster, folder, 2, "--time=4", "--signal=B:USR1@170", train=ENDLESS, checkpoint={"every": 0})
     wait_until(lambda: job.starts() == 2, 280, "the job to be queued again")
+    cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # the limit struck; it need not again
     last = job.steps()[-1]
     saved = [path.name for path in job.run.glob("checkpoints/step_*")]
     assert saved == [f"step_{last:06d}"], "not where it stopped"
