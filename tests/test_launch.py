@@ -113,3 +113,30 @@ def test_the_kubernetes_manifest_has_the_nodes_of_the_config(capsys: pytest.Capt
         assert group["rayStartParams"]["resources"] == f'"{{\\"{name}\\": 1}}"'  # as KubeRay wants it quoted
         (container,) = group["template"]["spec"]["containers"]
         assert container["image"] == "registry/image:1" and container["resources"]["limits"]["nvidia.com/gpu"] == 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensor", "a_token"),
+    [
+        ("Qwen3-30B-A3B-Base", 1, 48 * 2 * 4 * 128 * 2),  # layers x (K, V) x heads x width x bfloat16
+        ("Qwen3-30B-A3B-Base", 8, 48 * 2 * 1 * 128 * 2),  # more ranks than heads: each has one
+        ("DeepSeek-V3", 16, 61 * (512 + 64) * 2),  # the latent and the rotary key, whole on every rank
+    ],
+)
+def test_kv_cache_of_a_token(shape: str, tensor: int, a_token: int) -> None:
+    from transformers import AutoConfig
+
+    from megatron_vespo.policy.memory import kv_bytes_per_token
+
+    assert kv_bytes_per_token(AutoConfig.from_pretrained(ROOT / "model_configs/shapes" / shape), tensor) == a_token
+
+
+def test_plan_says_whether_it_fits_and_what_it_would_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(MOE), f"model.shape={ROOT}/model_configs/shapes/Qwen3-30B-A3B-Base"]) == 0
+    said = capsys.readouterr().out
+    assert "trainer      37.3 of 68 usable GiB of 80: fits" in said
+    assert "KV cache 0.75 GiB for 16384 tokens" in said and "would choose tensor 1" in said
+    shape = f"model.shape={ROOT}/model_configs/shapes/Qwen3-30B-A3B-Base"
+    assert main(["plan", str(MOE), shape, "--gpu-memory", "24"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("does not fit") == 2 and "would choose nothing" in said
