@@ -18,11 +18,13 @@ from megatron_vespo.rollout.dispatch import Dispatcher, Patience, Seat
 from megatron_vespo.rollout.jobs import Job
 from megatron_vespo.rollout.occupancy import BusySpan
 from megatron_vespo.rollout.protocol import (
+    ALL_MEMORY,
     Engine,
     EngineDown,
     EngineError,
     GenerateRequest,
     Generation,
+    MemoryPart,
     PauseMode,
 )
 from megatron_vespo.rollout.restart import Launcher, Restarts, ServedWeights
@@ -216,6 +218,34 @@ class EnginePool:
     def resume(self) -> None:
         self.each(lambda engine: engine.resume())
         io_loop.call(self._dispatcher.resume)
+
+    def hold(self, parts: frozenset[MemoryPart]) -> None:
+        """Every engine keeps only these parts of its memory and takes back what it lacks of them; new requests wait
+        here unless it is all. One that is being restarted is waited for: it takes its memory as it starts."""
+        whole = parts == ALL_MEMORY
+        self._dispatcher.paused = True
+
+        def change(engine: Engine) -> None:
+            if not whole:
+                engine.pause()
+            engine.hold(parts)
+            if whole:
+                engine.resume()
+
+        def restarting() -> bool:
+            return any(seat.state == "restarting" for seat in self._dispatcher.seats)
+
+        while True:
+            while io_loop.call(restarting):
+                io_loop.wait_for(asyncio.sleep(0.2))
+            # Not `each`, which waits until one serves: all may be waiting for the weights that are about to come.
+            io_loop.wait_for(self._each(change))
+            for engine in self.stale:
+                change(engine)
+            if not io_loop.call(restarting):
+                break
+        if whole:
+            io_loop.call(self._dispatcher.resume)
 
     def healthy(self) -> bool:
         """All engines serve, and say so."""
