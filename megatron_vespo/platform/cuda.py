@@ -64,7 +64,7 @@ class CudaPlatform:
         # torch.multiprocessing pickles of a CUDA tensor. The index is this process's; the device's UUID is everyone's.
         index, *fields = memory.untyped_storage()._share_cuda_()
         uuid = str(torch.cuda.get_device_properties(index).uuid)
-        return IpcHandle(uuid, *fields, int(memory.storage_offset()), memory.numel())
+        return IpcHandle(*(uuid, *fields, memory.storage_offset(), memory.numel()))
 
     def open_memory(self, handle: IpcHandle) -> torch.Tensor:
         devices = range(torch.cuda.device_count())

@@ -44,8 +44,8 @@ class TrainerMemory:
 
     def _weight_tensors(self) -> Iterator[torch.Tensor]:
         for chunk in self._chunks:
-            yield from chunk.parameters()
-            yield from chunk.buffers()
+            yield from chunk.module.parameters()
+            yield from chunk.module.buffers()  # DDP has an attribute of that name
 
 
 class HostCopy:

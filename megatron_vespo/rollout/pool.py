@@ -224,6 +224,7 @@ class EnginePool:
         here unless it is all. One that is being restarted is waited for: it takes its memory as it starts."""
         whole = parts == ALL_MEMORY
         self._dispatcher.paused = True
+        changed: set[Engine] = set()
 
         def change(engine: Engine) -> None:
             if not whole:
@@ -231,19 +232,15 @@ class EnginePool:
             engine.hold(parts)
             if whole:
                 engine.resume()
+            changed.add(engine)
 
-        def restarting() -> bool:
-            return any(seat.state == "restarting" for seat in self._dispatcher.seats)
+        def unchanged() -> bool:
+            return any(seat.state != "lost" and seat.engine not in changed for seat in self._dispatcher.seats)
 
-        while True:
-            while io_loop.call(restarting):
-                io_loop.wait_for(asyncio.sleep(0.2))
+        while io_loop.call(unchanged):
             # Not `each`, which waits until one serves: all may be waiting for the weights that are about to come.
-            io_loop.wait_for(self._each(change))
-            for engine in self.stale:
-                change(engine)
-            if not io_loop.call(restarting):
-                break
+            io_loop.wait_for(self._each(change, stale=True))
+            io_loop.wait_for(asyncio.sleep(0.05))
         if whole:
             io_loop.call(self._dispatcher.resume)
 
@@ -279,7 +276,9 @@ class EnginePool:
 
     # --- on the loop --------------------------------------------------------------------------------------------
 
-    async def _each(self, ask: Callable[[Engine], T]) -> list[T]:
+    async def _each(self, ask: Callable[[Engine], T], *, stale: bool = False) -> list[T]:
+        """``stale``: those, too."""
+
         async def ask_one(seat: Seat) -> list[T]:
             engine = seat.engine
             seat.busy += 1
@@ -292,7 +291,8 @@ class EnginePool:
             finally:
                 seat.busy -= 1
 
-        answers = await asyncio.gather(*(ask_one(seat) for seat in self._dispatcher.up()))
+        seats = [*self._dispatcher.up(), *(self._dispatcher.stale() if stale else [])]
+        answers = await asyncio.gather(*(ask_one(seat) for seat in seats))
         return [answer for found in answers for answer in found]
 
     async def _rejoin(self, weights: ServedWeights) -> None:
