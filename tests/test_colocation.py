@@ -27,6 +27,8 @@ from megatron_vespo.loop.preflight import check_run
 from megatron_vespo.rollout import EngineError, EnginePool, GenerateRequest, Patience, SamplingParams
 from megatron_vespo.rollout.protocol import ALL_MEMORY
 from megatron_vespo.rollout.restart import ServedWeights
+from megatron_vespo.weights.transports.shared_memory import SharedMemory
+from megatron_vespo.weights.transports.streamed import StreamedTransport
 
 NOTHING: frozenset = frozenset()
 WEIGHTS = frozenset({"weights"})
@@ -102,11 +104,14 @@ def test_an_engine_without_its_weights_takes_no_others_and_says_why(engine: Engi
         engine.weights.begin_update()
     answer = httpx.post(f"{client.url}/release_memory_occupation", json={"tags": ["weights"]}, trust_env=False)
     assert answer.status_code == 400 and "weights: released already" in answer.text
+    # Holding its weights alone it takes new ones.
     client.hold(WEIGHTS)
-    engine.weights.begin_update()
-    engine.weights.end_update()
+    new = {name: tensor + 1 for name, tensor in engine.tensors().items()}
+    StreamedTransport([engine.weights], SharedMemory([engine.weights]), bucket_bytes=200_000).publish(7, new.items())
+    assert all(torch.equal(tensor, new[name]) for name, tensor in engine.tensors().items())
     client.hold(ALL_MEMORY)
     client.resume()
+    assert client.weight_version() == 7 and len(client.generate([ask("under new weights")])[0]) == 2
 
 
 # --- the pool -------------------------------------------------------------------------------------------------------

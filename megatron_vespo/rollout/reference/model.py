@@ -194,7 +194,8 @@ class ReferenceModel:
     def take_back_weights(self) -> None:
         assert self._given_up is not None, "give_up_weights comes first"
         (file, shapes), self._given_up = self._given_up, None
-        with file:
+        # The decoding thread is in inference mode, and a tensor made in it takes no new weights elsewhere.
+        with file, torch.inference_mode(False):
             for parameter, shape in zip(self.module.parameters(), shapes, strict=True):
                 parameter.data = parameter.data.new_empty(shape)
                 file.readinto(_bytes(parameter.data))  # type: ignore[attr-defined]
