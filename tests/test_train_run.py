@@ -194,8 +194,9 @@ def test_on_shared_devices_a_run_equals_one_apart_and_each_side_gives_way(finish
         assert [r[name] for r in steps(tmp_path)] == [r[name] for r in steps(finished)], name
     ours, theirs = (load_file(folder / "run" / "hf" / "model.safetensors") for folder in (tmp_path, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # To train, to hand over the weights, to sample; after a checkpoint the engines have to be given their turn again.
-    assert all(record["turns"] >= 3 and record["turn_seconds"] > 0 for record in steps(tmp_path))
+    # To train, to hand over the weights, and (of the record before in the first one, which has no probe yet) to sample.
+    assert [record["turns"] >= 3 for record in steps(tmp_path)] == [False, True, True, True]
+    assert all(record["turn_seconds"] > 0 for record in steps(tmp_path))
     assert all(record["turn_bytes"] == 0 for record in steps(tmp_path)), "on a CPU the trainer has nothing to move"
     wait_until(lambda: not processes_about(str(tmp_path)), 60, "all processes ended")
 
