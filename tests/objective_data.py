@@ -34,6 +34,8 @@ OBJECTIVE_CASES: dict[str, tuple[str, dict]] = {
     "bapo, target met": ("bapo", {"target": 0.37}),
     "bapo, authors' order": ("bapo", {"raise_first": "low", "target": 0.366, "high": (1.2, 2.0), "low": (0.6, 0.8)}),
     "dppo, kl": ("dppo", {"divergence": "kl"}),
+    "vespo_renormalised, limited": ("vespo_renormalised", {"limit": 1.1}),
+    "vespo_tempered, little": ("vespo_tempered", {"noise": 0.05}),
 }
 """Every objective with its defaults, and the forms that its parameters switch between: case -> (name, params)."""
 

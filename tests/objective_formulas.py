@@ -43,10 +43,33 @@ def m2po_largest(ratios: list[tuple[torch.Tensor, float]]) -> float:
     return left[-1]
 
 
+def vespo_phi(w: float, adv: float) -> float:
+    c1, c2 = (2.0, 3.0) if adv >= 0 else (3.0, 2.0)
+    return w**c1 * math.exp(c2 * (1 - w))
+
+
+def mean_phi(ratios: list[tuple[torch.Tensor, float]], sign: bool) -> float:
+    found = [vespo_phi(float(r.prod()), adv) for r, adv in ratios if (adv >= 0) == sign]
+    return sum(found) / len(found)
+
+
+def tempering(noise: float, tokens: int, engines: list[tuple[float, int]]) -> float:
+    """What the engine's part of a response's log W is scaled by; ``engines``: log W_engine and T of every response."""
+    sigma = math.sqrt(sum(log_w * log_w for log_w, _ in engines) / sum(t for _, t in engines))
+    return min(1.0, noise / (sigma * math.sqrt(tokens)))
+
+
 def reference_token_losses(
-    case: str, logp: torch.Tensor, behaviour: torch.Tensor, adv: float, all_ratios: list[tuple[torch.Tensor, float]]
+    case: str,
+    logp: torch.Tensor,
+    behaviour: torch.Tensor,
+    adv: float,
+    all_ratios: list[tuple[torch.Tensor, float]],
+    engine: float,
+    engines: list[tuple[float, int]],
 ) -> torch.Tensor:
-    """Losses [t] of the counted tokens of one response; ``all_ratios``: r and A of every response of the mini-batch."""
+    """Losses [t] of the counted tokens of one response. ``all_ratios``: r and A of every response of the mini-batch;
+    ``engine``: the part of this one's log W that is the engine's; ``engines``: log W_engine and T of every response."""
     name, params = OBJECTIVE_CASES[case]
     r = torch.exp(logp - behaviour)
     fixed = r.detach()
@@ -54,9 +77,14 @@ def reference_token_losses(
     tokens = len(logp)
     match name:
         case "vespo":
-            c1, c2 = (2.0, 3.0) if adv >= 0 else (3.0, 2.0)
             w = w ** (1 / tokens ** params.get("length_power", 0.0))
-            return -(w**c1) * math.exp(c2 * (1 - w)) * adv * logp
+            return -vespo_phi(w, adv) * adv * logp
+        case "vespo_renormalised":
+            factor = min(1 / mean_phi(all_ratios, adv >= 0), params.get("limit", 10.0))
+            return -vespo_phi(w, adv) * factor * adv * logp
+        case "vespo_tempered":
+            kept = tempering(params.get("noise", 0.25), tokens, engines)
+            return -vespo_phi(w * math.exp((kept - 1) * engine), adv) * adv * logp
         case "respo":
             phi = (1 + w) / 2 * math.exp(1 - w) if adv >= 0 else math.sqrt(w) * math.exp(2 * (1 - math.sqrt(w)))
             return -phi * adv * logp
@@ -139,9 +167,12 @@ def reference_sums(
     logps = {i: leaf[r.positions[r.mask]] for i, r in counted.items()}
     behaviours = {i: (r.rollout if sees_engine(correction_case) else r.old)[r.mask] for i, r in counted.items()}
     ratios = [((logps[i].detach() - behaviours[i]).exp(), r.advantage) for i, r in counted.items()]
+    engines = {i: (float((r.old - r.rollout)[r.mask].sum()), int(r.mask.sum())) for i, r in counted.items()}
     sums = {}
     for i, r in counted.items():
-        losses = reference_token_losses(case, logps[i], behaviours[i], r.advantage, ratios)
+        engine = engines[i][0] if sees_engine(correction_case) else 0.0
+        whole = ratios, engine, list(engines.values())
+        losses = reference_token_losses(case, logps[i], behaviours[i], r.advantage, *whole)
         factors = reference_factors(correction_case, logps[i].detach(), r.old[r.mask], r.rollout[r.mask], r.advantage)
         sums[i] = (factors * losses).sum()
     return sums

@@ -21,6 +21,8 @@ from megatron_vespo.objectives.respo import Respo
 from megatron_vespo.objectives.sapo import Sapo
 from megatron_vespo.objectives.topr import Topr
 from megatron_vespo.objectives.vespo import Vespo
+from megatron_vespo.objectives.vespo_renormalised import VespoRenormalised
+from megatron_vespo.objectives.vespo_tempered import VespoTempered
 
 
 class Entry(NamedTuple):
@@ -48,6 +50,9 @@ OBJECTIVES: dict[str, Entry] = {
     "sapo": Entry(Sapo, "seq-mean-token-mean", "group-mean-std"),
     "topr": Entry(Topr, "seq-mean-token-sum"),
     "vespo": Entry(Vespo, "token-mean", "group-mean"),
+    # Ours: docs/study.md has what they are for.
+    "vespo_renormalised": Entry(VespoRenormalised, "token-mean", "group-mean"),
+    "vespo_tempered": Entry(VespoTempered, "token-mean", "group-mean"),
 }
 
 

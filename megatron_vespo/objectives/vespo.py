@@ -46,10 +46,13 @@ class Vespo:
             raise ValueError(f"vespo: length_power must be in [0, 1] (the paper's: 0), got {self.length_power}")
 
     def __call__(self, ratios: Ratios) -> tuple[torch.Tensor, dict[str, Metric]]:
-        log_w = ratios.log_w / ratios.lengths.clamp(min=1) ** self.length_power
-        phi = torch.where(ratios.advantages >= 0, kernel(log_w, *self.c_pos), kernel(log_w, *self.c_neg))
+        phi = self.phi(ratios.advantages, ratios.log_w / ratios.lengths.clamp(min=1) ** self.length_power)
         token_loss = -ratios.to_tokens(phi * ratios.advantages) * ratios.logprobs
         return token_loss, coefficient_metrics(ratios, phi)
+
+    def phi(self, advantages: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
+        """[S]: the kernel of each response's sign of A."""
+        return torch.where(advantages >= 0, kernel(log_w, *self.c_pos), kernel(log_w, *self.c_neg))
 
 
 def kernel(log_w: torch.Tensor, c1: float, c2: float) -> torch.Tensor:

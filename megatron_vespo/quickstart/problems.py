@@ -102,7 +102,7 @@ def make_demonstrations(problems: Sequence[Problem], seed: int, rounds: int = 1)
     for problem in list(problems) * rounds:
         careful = rng.random() < CAREFUL_SHARE
         steps = careful_steps(problem.expression) if careful else hurried_steps(problem.expression)
-        demonstrations.append(Demonstration(problem, _write_response(steps), careful))
+        demonstrations.append(Demonstration(problem, write_response(steps), careful))
     return demonstrations
 
 
@@ -148,11 +148,12 @@ def _equation(left: str, operation: str, right: str) -> str:
     return f"{left}{operation}{right}={result}"
 
 
-def _write_response(steps: list[str]) -> str:
+def write_response(steps: Sequence[str]) -> str:
+    """The steps and the boxed result, as a pupil writes them down."""
     return ". ".join([*steps, rf"\boxed{{{_results(steps)[-1]}}}"])
 
 
-def _results(steps: list[str]) -> list[int]:
+def _results(steps: Sequence[str]) -> list[int]:
     return [int(step.partition("=")[2]) for step in steps]
 
 

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -49,6 +50,7 @@ def warm_up(
     probe: Sequence[Problem],
     seed: int,
     steps: int = STEPS,
+    max_response_tokens: int = MAX_RESPONSE_TOKENS,
 ) -> WarmUpReport:
     """Train ``model`` in place on the responses of the demonstrations, then measure it on the probe."""
     started = time.monotonic()
@@ -67,8 +69,8 @@ def warm_up(
             loss = _supervised_step(model, optimizer, batch, _learning_rate(step, steps))
             progress.update(task, advance=1, description=f"loss {loss:.3f}")
     seconds = time.monotonic() - started
-    greedy = probe_accuracy(model, tokenizer, probe, temperature=0.0, seed=seed)
-    sampled = probe_accuracy(model, tokenizer, probe, temperature=1.0, seed=seed)
+    accuracy = partial(probe_accuracy, model, tokenizer, probe, seed=seed, max_response_tokens=max_response_tokens)
+    greedy, sampled = accuracy(temperature=0.0), accuracy(temperature=1.0)
     return WarmUpReport(steps, seconds, loss, greedy, sampled)
 
 
@@ -78,6 +80,7 @@ def probe_accuracy(
     probe: Sequence[Problem],
     temperature: float,
     seed: int,
+    max_response_tokens: int = MAX_RESPONSE_TOKENS,
 ) -> float:
     """Share of the problems answered rightly in one try each; temperature 0 is greedy."""
     prompts = [_prompt(tokenizer, problem.text) for problem in probe]
@@ -85,7 +88,7 @@ def probe_accuracy(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     model.eval()
-    tokens = model.generate(**batch, max_new_tokens=MAX_RESPONSE_TOKENS, **sampling)  # type: ignore[misc]
+    tokens = model.generate(**batch, max_new_tokens=max_response_tokens, **sampling)  # type: ignore[misc]
     texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(_boxed(text) == problem.answer for text, problem in zip(texts, probe, strict=True)) / len(probe)
 

@@ -1,0 +1,1 @@
+"""The staleness study: which objective still learns when its data is old (docs/study.md)."""

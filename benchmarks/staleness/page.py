@@ -1,0 +1,176 @@
+"""The page of the study: its tables and plots from the cells that are done, below what a person wrote of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.staleness.grid import (
+    LEARNING_RATE,
+    PAPER,
+    PRECISIONS,
+    PROMPTS_PER_UPDATE,
+    REGIMES,
+    REMEDIES,
+    SAMPLES_PER_PROMPT,
+    UPDATES,
+    Cell,
+)
+from benchmarks.staleness.plots import draw_curves, draw_final
+from benchmarks.staleness.results import Outcome, chosen, spread
+
+MARK = "<!-- What follows is written by `make study`; what stands above is kept. -->"
+HEADER = """# The staleness study
+
+"""
+BROKEN = "†"
+
+
+def write_page(page: Path, suite: str, root: Path, cells: Sequence[Cell], left: int) -> None:
+    outcomes = [Outcome.read(root, cell) for cell in cells]
+    written = page.read_text().partition(MARK)[0] if page.is_file() else HEADER
+    images = page.parent / "images"
+    parts = [MARK, "", *_about(suite, outcomes, left)]
+    if outcomes:
+        parts += _accuracy(outcomes) + _rewards(outcomes) + _precisions(outcomes) + _remedies(outcomes)
+        parts += _breaking(outcomes) + _lengths(outcomes)
+        parts += ["## Curves", ""]
+        for name, draw in ((f"{page.stem}_final.png", draw_final), (f"{page.stem}_curves.png", draw_curves)):
+            draw(outcomes, images / name)
+            parts += [f"![{draw.__doc__}](images/{name})", ""]
+    page.write_text(written + "\n".join(parts).rstrip() + "\n")
+
+
+def _about(suite: str, outcomes: Sequence[Outcome], left: int) -> list[str]:
+    seeds = sorted({o.cell.seed for o in outcomes})
+    lines = [
+        "## Tables",
+        "",
+        f"Made by `python -m benchmarks.staleness --suite {suite}` from {len(outcomes)} cells, seeds {seeds}"
+        + (f"; {left} cells of the suite are not there yet." if left else "."),
+        f"Each cell makes {UPDATES} updates of {PROMPTS_PER_UPDATE} prompts x {SAMPLES_PER_PROMPT} responses (Adam, "
+        f"rate {LEARNING_RATE:g}, constant), token-mean aggregation and the same advantages for all; 5 evaluations on "
+        "128 held-out problems, and the last one counts, not the best. ± is the standard deviation over seeds; a "
+        f"number without it is of one seed; · is a cell that has not been run. {BROKEN}: at least one seed ended worse "
+        "than it began.",
+        "",
+    ]
+    return lines
+
+
+def _table(title: str, rows: Sequence[str], columns: Sequence[str], value: Callable[[str, str], str]) -> list[str]:
+    """Rows and columns without any value are left out."""
+    filled = {(row, column): value(row, column) for row in rows for column in columns}
+    rows = [row for row in rows if any(filled[row, column] != "·" for column in columns)]
+    columns = [column for column in columns if any(filled[row, column] != "·" for row in rows)]
+    if not rows:
+        return []
+    lines = [f"### {title}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {row} | " + " | ".join(filled[row, column] for column in columns) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def _final(outcomes: Sequence[Outcome]) -> str:
+    text = spread(o.final for o in outcomes)
+    return text + (f" {BROKEN}" if any(o.broken for o in outcomes) else "")
+
+
+def _accuracy(outcomes: Sequence[Outcome]) -> list[str]:
+    start = mean(o.start for o in outcomes)
+    return _table(
+        f"Held-out avg@4 at the end (start: {start:.2f}), engine in fp32",
+        PAPER,
+        REGIMES,
+        lambda method, regime: _final(chosen(outcomes, method=method, regime=regime, precision="fp32")),
+    )
+
+
+def _rewards(outcomes: Sequence[Outcome]) -> list[str]:
+    def value(method: str, regime: str) -> str:
+        return spread(o.late_reward for o in chosen(outcomes, method=method, regime=regime, precision="fp32"))
+
+    return _table("Training reward, mean of the last quarter of the updates, engine in fp32", PAPER, REGIMES, value)
+
+
+def _precisions(outcomes: Sequence[Outcome]) -> list[str]:
+    columns = {f"{regime} {precision}": (regime, precision) for regime in ("n8", "async") for precision in PRECISIONS}
+    if not any(o.cell.precision != "fp32" for o in outcomes):
+        return []
+
+    def value(method: str, column: str) -> str:
+        regime, precision = columns[column]
+        return _final(chosen(outcomes, method=method, regime=regime, precision=precision))
+
+    return _table("Held-out avg@4 at the end, by the engine's precision", PAPER, list(columns), value)
+
+
+def _remedies(outcomes: Sequence[Outcome]) -> list[str]:
+    if not any(o.cell.method in REMEDIES for o in outcomes):
+        return []
+    places = (("n8", "fp8"), ("async", "fp8"), ("n64", "fp32"), ("lag64", "fp32"))
+    columns = {f"{regime} {precision}": (regime, precision) for regime, precision in places}
+
+    def value(method: str, column: str) -> str:
+        regime, precision = columns[column]
+        return _final(chosen(outcomes, method=method, regime=regime, precision=precision))
+
+    return _table("Held-out avg@4 at the end: remedies", ("vespo", "respo", *REMEDIES), list(columns), value)
+
+
+def _breaking(outcomes: Sequence[Outcome]) -> list[str]:
+    broken = sorted((o for o in outcomes if o.broken), key=lambda o: (o.cell.method, o.cell.regime, o.cell))
+    if not broken:
+        return ["### Where a method broke", "", "Nowhere: every cell ended better than it began.", ""]
+    lines = [
+        "### Where a method broke",
+        "",
+        "Below half of its best training reward for good from the update named on (–: it sank without that). "
+        "Entropy (nats a token), response length (tokens) and gradient norm: means of the first and the last eighth.",
+        "",
+        "| cell | from update | best → end | entropy | length | gradient norm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for outcome in broken:
+        cells = [
+            f"{a:.3g} → {b:.3g}" for a, b in map(outcome.before_and_after, ("entropy", "response_length", "grad_norm"))
+        ]
+        at = outcome.broke_at
+        lines.append(
+            f"| {outcome.cell.name} | {'–' if at is None else at} | {outcome.best:.2f} → {outcome.final:.2f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return [*lines, ""]
+
+
+def _lengths(outcomes: Sequence[Outcome]) -> list[str]:
+    lines = [
+        "### What is left of long responses",
+        "",
+        "Of the last quarter of the updates: mean coefficient phi (1 on policy) of the shortest and of the longest "
+        "quarter of the responses, by sign of the advantage, and the effective sample size of phi in them.",
+        "",
+        "| method, staleness | tokens | phi, A > 0 | phi, A < 0 | ESS of phi |",
+        "|---|---|---|---|---|",
+    ]
+    places = (("n64", "fp32"), ("lag64", "fp32"), ("async", "fp8"))
+    for regime, precision in places:
+        for method in (*PAPER, *REMEDIES):
+            found = [o.phi_by_length for o in chosen(outcomes, method=method, regime=regime, precision=precision)]
+            ends = [(quarters[0], quarters[-1]) for quarters in found if len(quarters) > 1]
+            if ends:
+                row = [_ends(ends, name, form) for name, form in LENGTH_COLUMNS]
+                lines.append(f"| {method}, {regime} {precision} | " + " | ".join(row) + " |")
+    return [*lines, ""] if lines[-1][:2] != "|-" else []
+
+
+LENGTH_COLUMNS = (("tokens", ".0f"), ("phi_positive", ".2f"), ("phi_negative", ".2f"), ("ess_phi", ".2f"))
+
+
+def _ends(ends: Sequence[tuple[dict[str, float], dict[str, float]]], name: str, form: str) -> str:
+    shortest = [first[name] for first, _ in ends if name in first]
+    longest = [last[name] for _, last in ends if name in last]
+    if not shortest or not longest:
+        return "·"
+    return f"{mean(shortest):{form}} → {mean(longest):{form}}"
