@@ -7,16 +7,16 @@ from collections.abc import Mapping
 
 from megatron_vespo.config.load import ConfigError, ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.rollout.launch import flag_names, processes_of
+from megatron_vespo.rollout.launch import engine_ranks
 
 
 def nodes_needed(config: RunConfig) -> int:
     """Nodes of ``cluster.ranks_per_node`` GPUs that trainers and engines fill. Raises ConfigError where an engine wants
     more GPUs than a node has, or the rollout nodes cannot hold the engines."""
     cluster, rollout = config.cluster, config.rollout
-    if rollout.urls:
+    if rollout.urls or cluster.colocate:
         return cluster.nodes
-    an_engine = processes_of(flag_names(rollout.engine_args))
+    an_engine = engine_ranks(rollout.engine_args)
     a_node = cluster.ranks_per_node // an_engine
     if a_node == 0:
         raise ConfigError(

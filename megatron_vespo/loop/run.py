@@ -15,6 +15,7 @@ import torch
 
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.turns import Apart, Turns
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.stop import StoppedEarly, stop_file
 from megatron_vespo.loop.weight_sync import WeightSync
@@ -59,6 +60,8 @@ class Run:
     """rollout.function."""
     writer: RunWriter
     progress: RunProgress
+    turns: Turns = field(default_factory=Apart)
+    """Every verb that needs the trainer's memory, or the engines', takes the turn first."""
     routing: RoutingShape | None = None
     """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
@@ -117,6 +120,7 @@ class Run:
         prompts in it; None: they are all of it."""
         places = range(len(prompts)) if places is None else places
         options = self._options(samples_per_prompt, step, batch, places, routing)
+        self.turns.engines()
         if self.play is not None:
             return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
         return sample_groups(self.engines.pool, prompts, sampling, **options)
@@ -223,6 +227,7 @@ class Run:
 
     def _old_pass(self, samples: Sequence[Sample], version: int | None) -> None:
         """None: the weights of now sampled all of it."""
+        self.turns.trainer()
         metrics, found = self.trainers.compute_old_logprobs(samples, None if version == self.version else version)
         self._add_metrics(metrics)
         for sample, logprobs in zip(samples, found, strict=True):
@@ -235,6 +240,7 @@ class Run:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
         ids = [sample.id for sample in mini_batch]
         self.ledger.assigned(ids, self.version)
+        self.turns.trainer()
         metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
         self._add_metrics(metrics)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
@@ -271,6 +277,7 @@ class Run:
             folder = self.config.directory / "checkpoints"
             state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()} | state
             self.ledger.make_durable(self.version)
+            self.turns.trainer()
             self.trainers.save(step_folder(folder, self.step), state)
             prune(folder, self.config.checkpoint.keep)
             kept = complete(folder)
@@ -302,6 +309,7 @@ class Run:
         if newest(folder) != step_folder(folder, self.step):
             self.save_checkpoint(**state)
         if self.config.checkpoint.export_hf:
+            self.turns.trainer()
             self.trainers.export_hf(self.config.directory / "hf")
         self.writer.close()
         for line in accuracy_lines(read_records(self.config.directory / "metrics.jsonl")):

@@ -11,7 +11,7 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.architecture import check_layout, num_experts
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import ParameterCount, count_parameters, estimate_memory, kv_bytes_per_token
-from megatron_vespo.rollout.launch import flag_names, processes_of
+from megatron_vespo.rollout.launch import engine_ranks
 
 GIB = 1 << 30
 USABLE = 0.85
@@ -47,7 +47,7 @@ def _total(config: RunConfig, hf_config: Any, layout: ParallelLayout, count: Par
 
 
 def _engine(config: RunConfig, hf_config: Any, count: ParameterCount, usable: float, gpu_gib: float) -> str:
-    gpus = processes_of(flag_names(config.rollout.engine_args))
+    gpus = engine_ranks(config.rollout.engine_args)
     weights = (count.dense + count.experts) * ENGINE_BYTES[config.rollout.precision] // gpus
     a_token = kv_bytes_per_token(hf_config, gpus, 1 if config.rollout.precision == "fp8_kv" else 2)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
