@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env quickstart test test-fast test-sglang invariance chaos sglang lint clean
+.PHONY: env quickstart test test-fast test-sglang invariance chaos study study-small sglang lint clean
 
 env: $(VENV)/.installed
 
@@ -37,6 +37,14 @@ chaos: env
 # Every objective x aggregation x split x packing against float64, and docs/invariance.md from it (about 20 minutes).
 invariance: env
 	PYTHONPATH=tests $(BIN)/python -m invariance docs/invariance.md
+
+# Which objective still learns from old data: docs/study.md, in hours; killed and started again it goes on.
+# `make study-small` is a corner of it, docs/study_small.md, in under 20 minutes.
+study: env
+	$(BIN)/python -m benchmarks.staleness --suite full $(ARGS)
+
+study-small: env
+	$(BIN)/python -m benchmarks.staleness --suite small $(ARGS)
 
 # The engine suite against real SGLang on this machine's CPU (1.7 GB of packages in the same environment).
 sglang: $(VENV)/.sglang

@@ -76,7 +76,7 @@ class Modes:
             self.opened,
             config=config,
             ledger=ledger,
-            engine_weights=WeightSync(config, self.opened.trainers, self.opened.engines),
+            engine_weights=WeightSync(config, self.opened.trainers, self.opened.engines, self.opened.turns),
             prompts=PromptStream(self.opened.prompts.prompts, config.seed),
             writer=RunWriter(config.directory, resumed_step=resume),
             weights=[],

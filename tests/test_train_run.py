@@ -182,6 +182,25 @@ def test_with_its_engine_killed_twice_a_run_equals_the_undisturbed_one(finished:
     wait_until(lambda: not processes_about(str(tmp_path)), 20, "all processes ended")
 
 
+def test_on_shared_devices_a_run_equals_one_apart_and_each_side_gives_way(finished: Path, tmp_path: Path) -> None:
+    """Its engine is killed once: what replaces it takes its turns too, and the weights that lie in no folder."""
+    config = make_run(tmp_path, checkpoint={"every": 2}, train={"steps": 4})
+    process = start(config, "cluster.colocate=true", "sync.transport=ipc")
+    wait_until(lambda: len(records(tmp_path / "run")) > 1 or process.poll() is not None, 300, "first step")
+    kill_those(tmp_path, is_engine)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    for name in ("reward", "loss", "grad_norm", "w/mean", "response_length", "entropy"):
+        assert [r[name] for r in steps(tmp_path)] == [r[name] for r in steps(finished)], name
+    ours, theirs = (load_file(folder / "run" / "hf" / "model.safetensors") for folder in (tmp_path, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # To train, to hand over the weights, and (of the record before in the first one, which has no probe yet) to sample.
+    assert [record["turns"] >= 3 for record in steps(tmp_path)] == [False, True, True, True]
+    assert all(record["turn_seconds"] > 0 for record in steps(tmp_path))
+    assert all(record["turn_bytes"] == 0 for record in steps(tmp_path)), "on a CPU the trainer has nothing to move"
+    wait_until(lambda: not processes_about(str(tmp_path)), 60, "all processes ended")
+
+
 def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:
     process = start(make_run(tmp_path, train={"steps": 500}), "rollout.max_restarts=0")
     wait_until(lambda: len(records(tmp_path / "run")) > 1, 300, "first step")

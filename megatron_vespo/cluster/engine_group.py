@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
@@ -24,7 +26,7 @@ from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
 from megatron_vespo.rollout.health import wait_until_ready
-from megatron_vespo.rollout.launch import LOOPBACK, flag_names
+from megatron_vespo.rollout.launch import LOOPBACK, engine_ranks, flag_names
 from megatron_vespo.rollout.precision import is_block_fp8
 from megatron_vespo.weights.fp8 import quantise_stream
 from megatron_vespo.weights.load import stream_hf
@@ -35,6 +37,20 @@ SAY_EVERY_S = 15.0
 PLACEMENT_TIMEOUT_S = 120.0
 
 
+@dataclass(frozen=True)
+class SharedSeat:
+    """Of an engine that takes turns with trainer ranks: their bundle of the placement group, and their devices.
+
+    Its host asks Ray for nothing of its own. A share of a GPU would do for an engine of one, but Ray gives more than
+    one only whole, and knows no share of several.
+    """
+
+    placement: PlacementGroup
+    bundle: int
+    devices: tuple[str, ...]
+    """As CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+
+
 class EngineHost:
     """Owns one engine process; when the actor goes, the engine goes."""
 
@@ -43,8 +59,21 @@ class EngineHost:
         self.log_file = log_file
         self.engine: HttpEngine | None = None
 
-    def launch(self, config: RunConfig, index: int, weights: ServedWeights, key: str | None) -> str:
-        """Its address, once it is ready. With a ``key`` the engine listens on this node's address."""
+    def launch(
+        self,
+        config: RunConfig,
+        index: int,
+        weights: ServedWeights,
+        key: str | None,
+        devices: Sequence[str] | None,
+        visible: Sequence[str],
+    ) -> str:
+        """Its address, once it is ready. With a ``key`` the engine listens on this node's address.
+
+        ``devices``: to compute on; None: those that Ray gave this actor. ``visible``: others that it may read from.
+        """
+        if devices is None:
+            devices = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         rollout = config.rollout
         flags = flag_names(rollout.engine_args)
         flags.pop("model-path", None)  # what it is launched from at first; a restart launches newer weights
@@ -58,6 +87,8 @@ class EngineHost:
             key=key,
             engine_args=flags,
             routed_experts=config.model.replays_engine_routing,
+            gives_up_memory=config.cluster.colocate,
+            devices=[*devices, *(device for device in visible if devices and device not in devices)],
             seed=config.seed + index,
             launch_timeout_s=rollout.launch_timeout_s,
             warmup_tokens=rollout.warmup_tokens,
@@ -77,8 +108,17 @@ class EngineGroup:
     and want a key that is made anew for each run and kept in no file.
     """
 
-    def __init__(self, config: RunConfig, logs: Path) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        logs: Path,
+        *,
+        seats: Sequence[SharedSeat] | None = None,
+        visible: Sequence[str] = (),
+    ) -> None:
+        """``seats``: one an engine, where they share the trainer's devices. ``visible``: devices that every engine may
+        read from, beside its own."""
+        self.config, self.seats, self.visible = config, seats, visible
         self.logs = [logs.resolve() / f"engine-{i}.log" for i in range(config.rollout.engines)]
         self._log = _log_to(logs / "rollout.log")
         self._hosts: list[Any] = []
@@ -146,11 +186,19 @@ class EngineGroup:
         return HttpEngine(url, key=self.key, request_timeout_s=self.config.rollout.request_timeout_s)
 
     def _host(self, index: int) -> Any:
-        gpus = float(_ranks(flag_names(self.config.rollout.engine_args)) * platform.current().accelerators_per_rank)
-        return ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(EngineHost).remote(self.logs[index])
+        options: dict[str, Any]
+        if self.seats is None:
+            gpus = float(engine_ranks(self.config.rollout.engine_args) * platform.current().accelerators_per_rank)
+            options = dict(num_cpus=1, num_gpus=gpus)
+        else:
+            seat = self.seats[index]
+            place = PlacementGroupSchedulingStrategy(seat.placement, placement_group_bundle_index=seat.bundle)
+            options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=place)
+        return ray.remote(max_restarts=0, **options)(EngineHost).remote(self.logs[index])
 
     def _launch(self, index: int, weights: ServedWeights) -> Any:
-        return self._hosts[index].launch.remote(self.config, index, weights, self.key)
+        devices = self.seats[index].devices if self.seats is not None else None
+        return self._hosts[index].launch.remote(self.config, index, weights, self.key, devices, self.visible)
 
     def _wait(self, launches: list[Any]) -> list[str]:
         """The addresses; says now and then what is waited for. Raises ClusterError."""
@@ -196,14 +244,6 @@ def _patience(config: RunConfig) -> Patience:
         hang_timeout_s=rollout.hang_timeout_s,
         max_restarts=rollout.max_restarts,
     )
-
-
-def _ranks(flags: Mapping[str, Any]) -> int:
-    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
-    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
-    if not flags.get("enable-dp-attention"):
-        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
-    return math.prod(int(size) for size in sizes)
 
 
 def _end(host: Any) -> None:

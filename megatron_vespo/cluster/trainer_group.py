@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -29,6 +29,9 @@ from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable, stacked
 from megatron_vespo.weights.sync import SyncError, SyncReport
+
+if TYPE_CHECKING:  # megatron-core stays out of the driver
+    from megatron_vespo.policy.device_memory import Held
 
 PLACEMENT_DEADLINE_S = 120
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -72,6 +75,10 @@ class TrainerRank:
         )
         self.trainer = PolicyTrainer(config)
         self.sender = WeightSender(config) if rank == 0 else None
+
+    def devices(self) -> list[str]:
+        """Of its node, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+        return [str(identifier) for identifier in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
     def publish(self, version: int, urls: Sequence[str], key: str | None) -> SyncReport | None:
         return self.trainer.publish(self.sender.to(urls, key) if self.sender else None, version)
@@ -186,6 +193,14 @@ class TrainerGroup:
         which the next update of ``mini_batch`` starts from."""
         results = self._all("compute_old_logprobs", ray.put(list(mini_batch)), version)
         return results[0][1], _in_order([logprobs for logprobs, _ in results])
+
+    def hold(self, held: Held) -> int:
+        """Each rank keeps only this part of its device's memory. Bytes moved by all."""
+        return sum(self._all("hold", held))
+
+    def devices(self) -> list[list[str]]:
+        """[rank] devices of its node that it computes on."""
+        return self._gather([actor.devices.remote() for actor in self.ranks])
 
     def keep_weights(self, version: int, oldest: int) -> None:
         """Remember the current weights as those of ``version``; forget versions before ``oldest``."""

@@ -17,9 +17,10 @@ from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.rollout.weight_routes import engine_weights
 from megatron_vespo.weights.sync import WeightTransport
 from megatron_vespo.weights.transports.broadcast import Broadcast
+from megatron_vespo.weights.transports.device_memory import DeviceMemory
 from megatron_vespo.weights.transports.disk import DiskTransport
 from megatron_vespo.weights.transports.shared_memory import SharedMemory
-from megatron_vespo.weights.transports.streamed import StreamedTransport
+from megatron_vespo.weights.transports.streamed import Channel, StreamedTransport
 
 MIB = 1 << 20
 VERSIONS_AT_ONCE = 3
@@ -53,17 +54,21 @@ def build_transport(config: RunConfig, urls: Sequence[str], key: str | None = No
     if sync.transport == "disk":
         blocks = fp8 and rollout.engine == "sglang"  # the reference engine rounds what it reads
         return DiskTransport(engines, sync_folder(config), config.model.path, bucket_bytes=bucket_bytes, fp8=blocks)
-    if sync.transport == "shared_memory":
-        return StreamedTransport(engines, SharedMemory(engines), bucket_bytes=bucket_bytes, delta=sync.delta, fp8=fp8)
     here = platform.current()
     on_cpu = rollout.engine == "reference"  # whatever the trainer runs on
-    channel = Broadcast(
-        engines,
-        address=ray.util.get_node_ip_address(),
-        backend="gloo" if on_cpu else here.distributed_backend,
-        device=torch.device("cpu") if on_cpu else here.device,
-        timeout_s=sync.timeout_s,
-    )
+    channel: Channel
+    if sync.transport == "ipc" and here.has_own_memory and not on_cpu:
+        channel = DeviceMemory(engines)
+    elif sync.transport in ("ipc", "shared_memory"):
+        channel = SharedMemory(engines)
+    else:
+        channel = Broadcast(
+            engines,
+            address=ray.util.get_node_ip_address(),
+            backend="gloo" if on_cpu else here.distributed_backend,
+            device=torch.device("cpu") if on_cpu else here.device,
+            timeout_s=sync.timeout_s,
+        )
     return StreamedTransport(engines, channel, bucket_bytes=bucket_bytes, delta=sync.delta, fp8=fp8)
 
 

@@ -267,10 +267,11 @@ class CheckpointConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["disk", "broadcast", "shared_memory"] = "disk"
-    """How weights reach the engines: through a folder, over the network to all at once, in memory of one machine."""
+    transport: Literal["disk", "broadcast", "shared_memory", "ipc"] = "disk"
+    """How weights reach the engines: through a folder, over the network to all at once, in host memory of one machine,
+    in device memory of one machine (CUDA IPC; on a CPU that is host memory)."""
     delta: bool = False
-    """Send only what changed since the last sync (broadcast, shared_memory); keeps a copy at both ends."""
+    """Send only what changed since the last sync (not disk); keeps a copy at both ends."""
     bucket_mb: PositiveInt = 512
     """MiB sent at a time, which is what the sender holds beside one whole tensor."""
     timeout_s: PositiveFloat = 120
@@ -294,6 +295,9 @@ class ClusterConfig(Section):
     max_restarts: NonNegativeInt = 3
     """Where a trainer rank dies, all of them are started again from the newest checkpoint, and the engines stay: this
     often without a newer checkpoint in between; then the run ends. 0: never."""
+    colocate: bool = False
+    """Trainer and engines on the same devices, taking turns: one is in their memory, the other waits in the host's.
+    Not in train.mode asynchronous, where both are at work at once (docs/colocation.md)."""
 
     @property
     def world_size(self) -> int:

@@ -59,6 +59,12 @@ class Plan:
                 f"host memory  up to {copies} x {memory.weights / GIB:.1f} GiB a rank for weights that sampled "
                 "(asynchronous.old_logprobs = exact)",
             )
+        if config.cluster.colocate:
+            lines.insert(
+                3,
+                f"host memory  {(memory.weights + memory.optimizer) / GIB:.1f} GiB a rank while engines sample, and "
+                "the engines' weights while the trainer trains (cluster.colocate)",
+            )
         return "\n".join(lines + [f"missing      {item}" for item in self.missing])
 
 
@@ -239,18 +245,18 @@ def _check_sync(config: RunConfig) -> None:
     if sync.delta and sync.transport == "disk":
         raise ConfigError(
             "sync.delta = true with sync.transport = disk: a folder holds whole weights; "
-            "set sync.transport to broadcast or shared_memory, or sync.delta to false"
+            "set sync.transport to broadcast, shared_memory or ipc, or sync.delta to false"
         )
-    if sync.transport == "shared_memory":
+    if sync.transport in ("shared_memory", "ipc"):
         if config.cluster.nodes > 1 or config.cluster.address:
             raise ConfigError(
-                f"sync.transport = shared_memory with cluster.nodes = {config.cluster.nodes}, cluster.address = "
+                f"sync.transport = {sync.transport} with cluster.nodes = {config.cluster.nodes}, cluster.address = "
                 f"{config.cluster.address}: an engine may run on another machine than the trainer's first rank; "
                 "set sync.transport to broadcast or disk"
             )
         if elsewhere:
             raise ConfigError(
-                f"sync.transport = shared_memory with rollout.urls of another machine, {elsewhere[0]}; "
+                f"sync.transport = {sync.transport} with rollout.urls of another machine, {elsewhere[0]}; "
                 "set sync.transport to broadcast or disk"
             )
     if sync.transport == "disk" and elsewhere and sync.folder is None:

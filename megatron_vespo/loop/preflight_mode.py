@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_vespo import platform
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.rollout.launch import engine_ranks
 
 NEED_OLD_POLICY = ("trainer", "split", "tis", "icepop", "mis", "geometric")
 """Corrections of the engine's part of W, which is 1 where log pi_old is the engine's own."""
@@ -11,12 +13,49 @@ NEED_OLD_POLICY = ("trainer", "split", "tis", "icepop", "mis", "geometric")
 
 def check_mode(config: RunConfig) -> None:
     """Raises :class:`ConfigError` naming field, value and mend."""
+    if config.cluster.colocate:
+        _check_colocation(config)
     if config.train.mode == "constant_lag":
         _check_constant_lag(config)
     if config.train.mode == "asynchronous":
         _check_bounds(config)
         _check_down_weight(config)
         _check_old_policy(config)
+
+
+def _check_colocation(config: RunConfig) -> None:
+    told = "cluster.colocate = true"
+    if config.train.mode == "asynchronous":
+        raise ConfigError(
+            f"{told} with train.mode = asynchronous: engines sample while the trainer trains, and cannot take turns "
+            "with it; set train.mode to synchronous or constant_lag, or cluster.colocate to false"
+        )
+    if config.rollout.urls:
+        raise ConfigError(
+            f"{told} with rollout.urls: engines that someone else started do not sit on the trainer's devices; "
+            "leave rollout.urls out, or set cluster.colocate to false"
+        )
+    if config.sync.transport == "broadcast":
+        raise ConfigError(
+            f"{told} with sync.transport = broadcast: NCCL wants a device for each of its members, and here two share "
+            "one; set sync.transport to ipc, shared_memory or disk"
+        )
+    if config.rollout.engine == "sglang" and platform.current().name == "cpu":
+        raise ConfigError(
+            f"{told} with rollout.engine = sglang on a machine without a GPU: SGLang gives memory up on a GPU only; "
+            "set rollout.engine to reference, or cluster.colocate to false"
+        )
+    size, cluster = engine_ranks(config.rollout.engine_args), config.cluster
+    if cluster.ranks_per_node % size:
+        raise ConfigError(
+            f"{told}: an engine of {size} processes (rollout.engine_args) does not divide cluster.ranks_per_node = "
+            f"{cluster.ranks_per_node}, whose devices it would sit on; change one of them"
+        )
+    if config.rollout.engines * size > cluster.world_size:
+        raise ConfigError(
+            f"{told}: {config.rollout.engines} engines (rollout.engines) of {size} processes do not fit on the devices "
+            f"of {cluster.world_size} ranks; lower rollout.engines to {cluster.world_size // size}"
+        )
 
 
 def _check_constant_lag(config: RunConfig) -> None:

@@ -40,6 +40,7 @@ def record_step(run: Run, samples: Sequence[Sample], extra: Mapping[str, float] 
         **run.metrics.means(),
         **_ratio_metrics(run, samples),
         **run.engines.pool.take_counts(),
+        **run.turns.take(),
         **(extra or {}),
         "staleness_tokens": lag_counts(samples),
         **times,

@@ -15,6 +15,7 @@ import torch
 
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.turns import Apart, Turns
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.saves import Saves
 from megatron_vespo.loop.weight_sync import WeightSync
@@ -59,6 +60,8 @@ class Run:
     """rollout.function."""
     writer: RunWriter
     progress: RunProgress
+    turns: Turns = field(default_factory=Apart)
+    """Every verb that needs the trainer's memory, or the engines', takes the turn first."""
     routing: RoutingShape | None = None
     """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
@@ -108,6 +111,7 @@ class Run:
         prompts in it; None: they are all of it."""
         places = range(len(prompts)) if places is None else places
         options = self._options(samples_per_prompt, step, batch, places, routing)
+        self.turns.engines()
         if self.play is not None:
             return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
         return sample_groups(self.engines.pool, prompts, sampling, **options)
@@ -214,6 +218,7 @@ class Run:
 
     def _old_pass(self, samples: Sequence[Sample], version: int | None) -> None:
         """None: the weights of now sampled all of it."""
+        self.turns.trainer()
         metrics, found = self.trainers.compute_old_logprobs(samples, None if version == self.version else version)
         self._add_metrics(metrics)
         for sample, logprobs in zip(samples, found, strict=True):
@@ -227,6 +232,7 @@ class Run:
         self.saves.check()
         ids = [sample.id for sample in mini_batch]
         self.ledger.assigned(ids, self.version)
+        self.turns.trainer()
         metrics, logprobs, weights = self.trainers.train_mini_batch(mini_batch)
         self._add_metrics(metrics)
         for sample, trained in zip(mini_batch, logprobs, strict=True):
@@ -261,6 +267,7 @@ class Run:
         """Of this step; it may be a while on its way to disk. ``state``: what the loop itself needs to go on,
         JSON-able."""
         with self.phase("checkpoint"):
+            self.turns.trainer()
             self.saves.begin({"step": self.step, "version": self.version, "prompts": self.prompts.state()} | state)
 
     def store_batches(self, batches: Iterable[Sequence[Sample]]) -> None:
@@ -285,6 +292,7 @@ class Run:
         if newest(folder) != step_folder(folder, self.step):
             self.save_checkpoint(**state)
         if self.config.checkpoint.export_hf:
+            self.turns.trainer()
             self.trainers.export_hf(self.config.directory / "hf")
         self.saves.wait()
         self.writer.close()

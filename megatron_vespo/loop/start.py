@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.turns import launch_engines
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
@@ -50,12 +50,12 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         stack.enter_context(ray_cluster(config))
         rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
         stack.callback(rewards.close)
-        engines = EngineGroup(config, directory / "logs")
-        stack.callback(engines.close)
         trainers = TrainerGroup(config, directory / "logs")
         stack.callback(trainers.close)
         stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
         checkpoint = load_newest(config, trainers)
+        engines, turns = launch_engines(config, trainers, directory / "logs")
+        stack.callback(engines.close)
         state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
         if checkpoint:
             prompts.restore(state["prompts"])
@@ -75,12 +75,13 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             trainers=trainers,
             ledger=ledger,
             engines=engines,
-            engine_weights=WeightSync(config, trainers, engines),
+            engine_weights=WeightSync(config, trainers, engines, turns),
             rewards=rewards,
             prompts=prompts,
             held_out=held_out[: config.evaluate.max_prompts],
             tokenizer=tokenizer,
             play=play,
+            turns=turns,
             writer=writer,
             progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
             routing=_engine_routing(config),

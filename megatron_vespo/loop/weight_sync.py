@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.observe.metrics import MetricSums
@@ -25,8 +26,8 @@ PROBE_SEQUENCES = 4
 class WeightSync:
     """Belongs to the thread that made it, which is the one that trains: no update may run beside a sync."""
 
-    def __init__(self, config: RunConfig, trainers: TrainerGroup, engines: EngineGroup) -> None:
-        self.config, self.trainers, self.engines = config, trainers, engines
+    def __init__(self, config: RunConfig, trainers: TrainerGroup, engines: EngineGroup, turns: Turns) -> None:
+        self.config, self.trainers, self.engines, self.turns = config, trainers, engines, turns
         self.served = 0
         """The version that the engines serve."""
         self.probe: list[Sample] = []
@@ -36,6 +37,7 @@ class WeightSync:
     def publish(self, version: int) -> SyncReport:
         """To every engine that serves. One that dies meanwhile is restarted, and brought to this version then."""
         pool, config = self.engines.pool, self.config
+        self.turns.hand_over()
         pool.find_dead()
         while True:
             urls = [engine.url for engine in (*pool.engines, *pool.stale)]
@@ -69,6 +71,7 @@ class WeightSync:
         that trains it does nothing: that one comes here too, as soon as it waits for responses."""
         if threading.get_ident() == self._thread:
             self.publish(version)
+            self.turns.engines()
 
     def keep_probe(self, samples: Sequence[Sample]) -> None:
         """The first responses that a run has are those that it probes with."""
@@ -79,6 +82,7 @@ class WeightSync:
         if not self.probe:
             return
         expected = self.trainers.compute_logprobs(self.probe, 1.0)
+        self.turns.engines()
         sequences = [np.concatenate([s.prompt.tokens, s.response_tokens]) for s in self.probe]
         probe, tolerance = self.probe, self.config.sync.probe_tolerance
 

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from megatron_vespo.platform.ipc import IpcHandle
+
 PlatformName = Literal["cpu", "cuda"]
 DistributedBackend = Literal["gloo", "nccl"]
 LayerSpecKind = Literal["local", "transformer_engine"]
@@ -53,6 +55,20 @@ class Platform(Protocol):
 
     def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``a @ b`` in float32, whatever their dtype: sums of a low-precision product that are never rounded to it."""
+
+    has_own_memory: bool
+    """Whether tensors lie in memory of the device, which another process on it could use, and not in the host's."""
+
+    def release_cached_memory(self) -> None:
+        """What torch keeps of freed device memory goes back to the device, for other processes."""
+
+    def share_memory(self, memory: torch.Tensor) -> IpcHandle:
+        """For one opening by one other process of this machine; ``memory`` must outlive it. Raises PlatformError where
+        a device has no memory of its own: there is shared memory for that (weights/transports/shared_memory.py)."""
+
+    def open_memory(self, handle: IpcHandle) -> torch.Tensor:
+        """uint8 [size]: another process's memory, read where it lies. Raises PlatformError where this process cannot
+        see the device."""
 
     def peak_memory_bytes(self) -> int:
         """Most memory held so far: device memory on CUDA (since reset_peak_memory), resident set on a CPU."""

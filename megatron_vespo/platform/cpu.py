@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformName
+from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformError, PlatformName
+from megatron_vespo.platform.ipc import IpcHandle
 
 
 class CpuPlatform:
@@ -15,6 +16,7 @@ class CpuPlatform:
     distributed_backend: DistributedBackend = "gloo"
     accelerators_per_rank = 0
     holds_what_it_sends = False
+    has_own_memory = False
 
     @property
     def layer_spec_kind(self) -> LayerSpecKind:
@@ -46,6 +48,15 @@ class CpuPlatform:
     def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         # torch's CPU product of bfloat16 rounds its result to bfloat16; it has no out_dtype.
         return a.float() @ b.float()
+
+    def release_cached_memory(self) -> None:
+        pass
+
+    def share_memory(self, memory: torch.Tensor) -> IpcHandle:
+        raise PlatformError("there is no device memory to share on a CPU")
+
+    def open_memory(self, handle: IpcHandle) -> torch.Tensor:
+        raise PlatformError(f"memory of device {handle.device} cannot be opened on a CPU: there is no CUDA here")
 
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

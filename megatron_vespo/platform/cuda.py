@@ -7,13 +7,21 @@ import os
 
 import torch
 
-from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformName, has_transformer_engine
+from megatron_vespo.platform import (
+    DistributedBackend,
+    LayerSpecKind,
+    PlatformError,
+    PlatformName,
+    has_transformer_engine,
+)
+from megatron_vespo.platform.ipc import IpcHandle
 
 
 class CudaPlatform:
     name: PlatformName = "cuda"
     distributed_backend: DistributedBackend = "nccl"
     accelerators_per_rank = 1
+    has_own_memory = True
     holds_what_it_sends = True  # streams and record_stream see to it
 
     @property
@@ -45,6 +53,31 @@ class CudaPlatform:
 
     def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+    def release_cached_memory(self) -> None:
+        torch.cuda.ipc_collect()  # blocks that another process had open, and has closed
+        torch.cuda.empty_cache()
+
+    def share_memory(self, memory: torch.Tensor) -> IpcHandle:
+        assert memory.dtype == torch.uint8 and memory.is_contiguous()
+        # (index, handle of the allocation, bytes of the storage, its place in the allocation, ...): what
+        # torch.multiprocessing pickles of a CUDA tensor. The index is this process's; the device's UUID is everyone's.
+        index, *fields = memory.untyped_storage()._share_cuda_()
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        return IpcHandle(*(uuid, *fields, memory.storage_offset(), memory.numel()))
+
+    def open_memory(self, handle: IpcHandle) -> torch.Tensor:
+        devices = range(torch.cuda.device_count())
+        uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in devices]
+        if handle.device not in uuids:
+            raise PlatformError(
+                f"memory of device {handle.device} cannot be opened by this process, which sees {', '.join(uuids)}: "
+                "add the sender's device to its CUDA_VISIBLE_DEVICES, or set sync.transport to shared_memory"
+            )
+        torch.cuda.init()
+        storage = torch.UntypedStorage._new_shared_cuda(uuids.index(handle.device), *handle.storage_fields())
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return whole[handle.start : handle.start + handle.length]
 
     def peak_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()

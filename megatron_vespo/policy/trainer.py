@@ -22,6 +22,7 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy import checkpoint, layout
 from megatron_vespo.policy.architecture import num_experts
+from megatron_vespo.policy.device_memory import Held, TrainerMemory
 from megatron_vespo.policy.gradients import gradient_products
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model
@@ -90,6 +91,7 @@ class PolicyTrainer:
         self.objective = objective_of(config)
         self.past = PastWeights(self.models)
         self.snapshot: Snapshot | None = None
+        self.memory = TrainerMemory(self.chunks, self.optimizer)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -129,6 +131,10 @@ class PolicyTrainer:
         logprobs = self._by_sample(samples, batches, [report.logprobs for report in reports])
         weights = weigh(objective, [samples[position] for position in logprobs], list(logprobs.values()))
         return UpdateResult(metrics, logprobs, weights)
+
+    def hold(self, held: Held) -> int:
+        """Keep only this part of the device's memory, and take back what of it was given up. Bytes moved."""
+        return self.memory.hold(held)
 
     def keep_weights(self, version: int, oldest: int) -> None:
         """Remember the current weights as those of ``version``; forget versions before ``oldest``."""

@@ -15,10 +15,12 @@ import numpy as np
 from megatron_vespo.rollout import io_loop
 from megatron_vespo.rollout.process import EngineProcess
 from megatron_vespo.rollout.protocol import (
+    ALL_MEMORY,
     EngineDown,
     EngineError,
     GenerateRequest,
     Generation,
+    MemoryPart,
     PauseMode,
     SamplingParams,
 )
@@ -68,6 +70,7 @@ class HttpEngine:
         self._control = httpx.Client(timeout=httpx.Timeout(control_timeout_s, connect=CONNECT_TIMEOUT_S), **options)
         self._calls = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), **options)
         self._paused: PauseMode | None = None
+        self._held = ALL_MEMORY
         self._running: dict[str, int] = {}
         self._scores = count()
         self._lock = threading.Lock()
@@ -156,6 +159,15 @@ class HttpEngine:
     def paused(self) -> PauseMode | None:
         """How it was paused from here; None: it was not."""
         return self._paused
+
+    def hold(self, parts: frozenset[MemoryPart]) -> None:
+        # SGLang dies of being asked to give up or take back a part twice.
+        if given_up := sorted(self._held - parts):
+            self._call("POST", "/release_memory_occupation", {"tags": given_up})
+            self._held &= parts
+        if taken_back := sorted(parts - self._held):
+            self._call("POST", "/resume_memory_occupation", {"tags": taken_back})
+            self._held = parts
 
     def update_weights_from_disk(self, folder: Path, version: int) -> None:
         # Paused in place, requests keep the old weights' keys: SGLang could not flush them, and would die trying.

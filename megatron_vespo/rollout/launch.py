@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def launch_engine(
     key: str | None = None,
     engine_args: Mapping[str, Any] | None = None,
     routed_experts: bool = False,
+    gives_up_memory: bool = False,
+    devices: Sequence[str] = (),
     launch_timeout_s: float = 600.0,
     request_timeout_s: float = 1800.0,
     warmup_tokens: int = 0,
@@ -48,6 +51,9 @@ def launch_engine(
         host: address to listen on. Another than loopback's wants a ``key``, without which the engine answers nobody.
         engine_args: further flags of the engine's command line (:func:`command_line`). They override ours.
         routed_experts: requests may ask for their routing (the reference engine always answers them).
+        gives_up_memory: it may be told to (``Engine.hold``); the reference engine always may.
+        devices: all that it sees, as CUDA_VISIBLE_DEVICES names them, those that it computes on first; empty: those
+            that this process sees.
         launch_timeout_s: for loading, compiling and warming up together.
         say: told every now and then what the launch is waiting for.
 
@@ -69,7 +75,13 @@ def launch_engine(
         "weight-version": weight_version,
     }
     if kind == "sglang":
-        module, flags, env = sglang.command(flags | {"enable-return-routed-experts": routed_experts})
+        asked = {
+            "enable-return-routed-experts": routed_experts,
+            "enable-memory-saver": gives_up_memory,
+            # What a turn finds is what the last one left: no sync needs to come between the two.
+            "enable-weights-cpu-backup": gives_up_memory,
+        }
+        module, flags, env = sglang.command(flags | asked)
     else:
         module, env = "megatron_vespo.rollout.reference", {"OMP_NUM_THREADS": str(extra.get("threads", 1))}
     flags |= extra
@@ -77,6 +89,8 @@ def launch_engine(
         check_block_fp8(Path(flags["model-path"]))
     if key is not None:
         env = {**env, KEY_VARIABLE: key}
+    if devices:
+        env = {**env, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
     deadline = time.monotonic() + launch_timeout_s
     process = EngineProcess([sys.executable, "-m", module, *command_line(flags)], log_file, env)
     url = f"http://{host}:{flags['port']}"
@@ -100,6 +114,15 @@ def flag_names(engine_args: Mapping[str, Any]) -> dict[str, Any]:
         if name in flags:
             raise EngineError(f"rollout.engine_args: {name} = {flags[name]!r} is set by the run itself; leave it out")
     return flags
+
+
+def engine_ranks(engine_args: Mapping[str, Any]) -> int:
+    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
+    flags = flag_names(engine_args)
+    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
+    if not flags.get("enable-dp-attention"):
+        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
+    return math.prod(int(size) for size in sizes)
 
 
 def command_line(flags: Mapping[str, Any]) -> list[str]:

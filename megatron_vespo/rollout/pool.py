@@ -18,11 +18,13 @@ from megatron_vespo.rollout.dispatch import Dispatcher, Patience, Seat
 from megatron_vespo.rollout.jobs import Job
 from megatron_vespo.rollout.occupancy import BusySpan
 from megatron_vespo.rollout.protocol import (
+    ALL_MEMORY,
     Engine,
     EngineDown,
     EngineError,
     GenerateRequest,
     Generation,
+    MemoryPart,
     PauseMode,
 )
 from megatron_vespo.rollout.restart import Launcher, Restarts, ServedWeights
@@ -217,6 +219,31 @@ class EnginePool:
         self.each(lambda engine: engine.resume())
         io_loop.call(self._dispatcher.resume)
 
+    def hold(self, parts: frozenset[MemoryPart]) -> None:
+        """Every engine keeps only these parts of its memory and takes back what it lacks of them; new requests wait
+        here unless it is all. One that is being restarted is waited for: it takes its memory as it starts."""
+        whole = parts == ALL_MEMORY
+        self._dispatcher.paused = True
+        changed: set[Engine] = set()
+
+        def change(engine: Engine) -> None:
+            if not whole:
+                engine.pause()
+            engine.hold(parts)
+            if whole:
+                engine.resume()
+            changed.add(engine)
+
+        def unchanged() -> bool:
+            return any(seat.state != "lost" and seat.engine not in changed for seat in self._dispatcher.seats)
+
+        while io_loop.call(unchanged):
+            # Not `each`, which waits until one serves: all may be waiting for the weights that are about to come.
+            io_loop.wait_for(self._each(change, stale=True))
+            io_loop.wait_for(asyncio.sleep(0.05))
+        if whole:
+            io_loop.call(self._dispatcher.resume)
+
     def healthy(self) -> bool:
         """All engines serve, and say so."""
         seats = io_loop.call(self._dispatcher.up)
@@ -249,7 +276,9 @@ class EnginePool:
 
     # --- on the loop --------------------------------------------------------------------------------------------
 
-    async def _each(self, ask: Callable[[Engine], T]) -> list[T]:
+    async def _each(self, ask: Callable[[Engine], T], *, stale: bool = False) -> list[T]:
+        """``stale``: those, too."""
+
         async def ask_one(seat: Seat) -> list[T]:
             engine = seat.engine
             seat.busy += 1
@@ -262,7 +291,8 @@ class EnginePool:
             finally:
                 seat.busy -= 1
 
-        answers = await asyncio.gather(*(ask_one(seat) for seat in self._dispatcher.up()))
+        seats = [*self._dispatcher.up(), *(self._dispatcher.stale() if stale else [])]
+        answers = await asyncio.gather(*(ask_one(seat) for seat in seats))
         return [answer for found in answers for answer in found]
 
     async def _rejoin(self, weights: ServedWeights) -> None:

@@ -45,6 +45,11 @@ in_place  They wait and keep keys and values of the old weights. Nothing is comp
 """
 
 
+MemoryPart = Literal["weights", "kv_cache"]
+"""Of an engine: what it may be told to give up for a while. SGLang's tags."""
+ALL_MEMORY: frozenset[MemoryPart] = frozenset(("weights", "kv_cache"))
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. Log-probs are those of the distribution at this temperature, before top-p and top-k."""
@@ -108,6 +113,10 @@ class Engine(Protocol):
         """Stop decoding; what becomes of running requests is the mode's to say."""
 
     def resume(self) -> None: ...
+
+    def hold(self, parts: frozenset[MemoryPart]) -> None:
+        """Keep only these parts of its memory, and take back those that it gave up; needs a pause. Its weights come
+        back as they were, its KV cache empty. It can take new weights while it holds ``weights`` alone."""
 
     def update_weights_from_disk(self, folder: Path, version: int) -> None:
         """Load an HF-format folder; from then on generated tokens carry ``version``. Atomic: all or nothing."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from megatron_vespo import platform
 from megatron_vespo.rollout.sglang import SGLANG_VERSION
-from megatron_vespo.rollout.weight_routes import FILE_ENTRY
 from megatron_vespo.weights.buckets import Named
-from megatron_vespo.weights.transports.shared_memory import map_file
+from megatron_vespo.weights.transports.place import is_place, open_place
 from megatron_vespo.weights.wire import Arrivals
 
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -38,14 +37,15 @@ def install() -> None:
     HookRegistry.register(f"{_LOADER}.load_weights_and_postprocess", _folder_arrives, HookType.BEFORE)
     HookRegistry.register(f"{_MANAGER}.begin_weight_update", _begin, HookType.AROUND)
     HookRegistry.register(f"{_MANAGER}.end_weight_update", _end, HookType.AROUND)
+    HookRegistry.register(f"{_MANAGER}.update_weights_from_tensor", _from_tensor, HookType.AROUND)
     HookRegistry.register(f"{_MANAGER}.update_weights_from_disk", _from_disk, HookType.AROUND)
 
 
 def _take_apart(original: Callable[..., list[Named]], bucket: Any) -> list[Named]:
-    """A broadcast bucket and one in shared memory both come here, before the model loads them."""
+    """A broadcast bucket and one in memory of this machine both come here, before the model loads them."""
     first, *rest = bucket.metadata
-    if first.name.startswith(FILE_ENTRY):
-        bucket.flattened_tensor = map_file(Path(first.name.removeprefix(FILE_ENTRY)), rest[-1].end_idx)
+    if is_place(first.name):
+        bucket.flattened_tensor = open_place(first.name, rest[-1].end_idx)
         bucket.metadata = rest
     return list(arrivals.accept(original(bucket)))
 
@@ -81,6 +81,13 @@ def _from_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any:
         _reading_folder = False
     if answer.success:
         answer.message = json.dumps({"checksums": _checksums(manager)})
+    return answer
+
+
+def _from_tensor(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """The answer tells the sender that it may write into the bucket: all copies out of it must be done."""
+    answer = original(manager, request)
+    platform.current().synchronize()
     return answer
 
 

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -20,8 +20,6 @@ from megatron_vespo.weights.sync import Checksums, EngineWeights
 
 FLAT = "flattened_bucket"
 """SGLang's name for tensors laid end to end."""
-FILE_ENTRY = "file:"
-"""Before the path of the file that a bucket lies in, in place of the name of its first tensor."""
 
 
 def engine_weights(
@@ -103,27 +101,33 @@ class _HttpWeights:
 
 
 class ReferenceWeights(_HttpWeights):
-    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
-        self._post("/update_weights_from_file", {**_described(specs), "file": str(file)}, of=specs)
+    def receive_shared(self, place: Callable[[], str], specs: Sequence[TensorSpec]) -> None:
+        self._post("/update_weights_from_place", {**_described(specs), "place": place()}, of=specs)
 
 
 class SglangWeights(_HttpWeights):
-    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
+    def receive_shared(self, place: Callable[[], str], specs: Sequence[TensorSpec]) -> None:
         """SGLang takes a pickle here, which it restricts to data: still, this must not leave the machine.
 
-        It holds no weights: our plugin finds them in the file that the first entry names.
+        It holds neither weights nor a handle that unpickling would open: our plugin finds the bucket at the place that
+        the name of the first entry tells.
         """
-        places = [_place(FILE_ENTRY + str(file), torch.uint8, (0,), 0, 0)]
+        entries = [_entry("", torch.uint8, (0,), 0, 0)]
         for spec in specs:
-            start = places[-1].end_idx
-            places.append(_place(spec.name, spec.dtype, spec.shape, start, start + spec.nbytes))
-        pickled = pickle.dumps({"flattened_tensor": torch.empty(0, dtype=torch.uint8), "metadata": places})
-        payload = base64.b64encode(pickled).decode()
-        body = {"serialized_named_tensors": [payload] * self.ranks(), "load_format": FLAT, "flush_cache": True}
+            start = entries[-1].end_idx
+            entries.append(_entry(spec.name, spec.dtype, spec.shape, start, start + spec.nbytes))
+
+        def payload() -> str:
+            entries[0].name = place()
+            pickled = pickle.dumps({"flattened_tensor": torch.empty(0, dtype=torch.uint8), "metadata": entries})
+            return base64.b64encode(pickled).decode()
+
+        payloads = [payload() for _ in range(self.ranks())]
+        body = {"serialized_named_tensors": payloads, "load_format": FLAT, "flush_cache": True}
         self._post("/update_weights_from_tensor", body, of=specs)
 
 
-def _place(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> SimpleNamespace:
+def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> SimpleNamespace:
     """The fields of SGLang's FlattenedTensorMetadata."""
     size = torch.Size(shape)
     return SimpleNamespace(name=name, shape=size, dtype=dtype, start_idx=start, end_idx=end, numel=end - start)

@@ -92,8 +92,9 @@ class EngineWeights(Protocol):
     def receive_broadcast(self, group: str, specs: Sequence[TensorSpec]) -> None:
         """Take part in the broadcast of a bucket and load it."""
 
-    def receive_shared(self, file: Path, specs: Sequence[TensorSpec]) -> None:
-        """Load a bucket that lies at the beginning of a file in memory."""
+    def receive_shared(self, place: Callable[[], str], specs: Sequence[TensorSpec]) -> None:
+        """Load a bucket from memory of this machine, opened by :func:`~.transports.place.open_place`. ``place`` is
+        called once for each process of the engine."""
 
 
 def on_each(engines: Sequence[EngineWeights], ask: Callable[[EngineWeights], T]) -> list[T]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vespo.rollout.protocol import PauseMode
+from megatron_vespo.rollout.protocol import ALL_MEMORY, MemoryPart, PauseMode
 from megatron_vespo.rollout.reference.batch import Result, RunningBatch, Sequence
 from megatron_vespo.rollout.reference.model import PREFILL_TOKENS, ReferenceModel
 
@@ -35,6 +35,7 @@ class Generator(threading.Thread):
         self._paused: PauseMode | None = None
         self._stale_cache = False
         self._updating = False
+        self._held = ALL_MEMORY
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
 
@@ -67,6 +68,7 @@ class Generator(threading.Thread):
                 "waiting": len(self._waiting),
                 "paused": self._paused,
                 "weight_version": str(self.version),
+                "memory": {"weights": self.model.weight_bytes, "kv_cache": self._batch.cache.nbytes},
             }
         )
 
@@ -77,6 +79,14 @@ class Generator(threading.Thread):
     def end_update(self) -> Future[None]:
         """Move again, running sequences with their keys computed anew."""
         return self.call(self._end_update)
+
+    def give_up(self, parts: frozenset[MemoryPart]) -> Future[None]:
+        """Free the memory of these parts; what is asked for waits until all are taken back. Needs a pause."""
+        return self.call(lambda: self._give_up(parts))
+
+    def take_back(self, parts: frozenset[MemoryPart]) -> Future[None]:
+        """Weights as they were; the keys of running sequences are computed anew."""
+        return self.call(lambda: self._take_back(parts))
 
     def set_version(self, version: int) -> Future[None]:
         return self.call(lambda: setattr(self, "version", version))
@@ -120,12 +130,16 @@ class Generator(threading.Thread):
                 future.set_exception(error)
 
     def _has_work(self) -> bool:
-        if self._updating:
+        if self._stands_still:
             return False
         return bool(self._to_score) or (not self._paused and bool(self._batch.count or self._waiting))
 
+    @property
+    def _stands_still(self) -> bool:
+        return self._updating or self._held != ALL_MEMORY
+
     def _advance(self) -> None:
-        if self._updating:
+        if self._stands_still:
             return
         if self._to_score:
             self._score()
@@ -177,6 +191,7 @@ class Generator(threading.Thread):
                 f"{self._batch.count} responses are paused in place and keep the old weights' keys: flush_cache must "
                 "be false, or the pause of mode retract"
             )
+        self._check_weights()
         self.model, self.version = model, version
         self._stale_cache = self._stale_cache or recompute
 
@@ -185,6 +200,7 @@ class Generator(threading.Thread):
             raise ValueError("pause_generation must come before begin_weight_update")
         if self._updating:
             raise ValueError("a weight update is already open; end_weight_update ends it")
+        self._check_weights()
         self._updating = True
         return self.model
 
@@ -192,6 +208,29 @@ class Generator(threading.Thread):
         if not self._updating:
             raise ValueError("no weight update is open")
         self._updating, self._stale_cache = False, True
+
+    def _give_up(self, parts: frozenset[MemoryPart]) -> None:
+        if not self._paused or self._updating:
+            raise ValueError("pause_generation must come before release_memory_occupation, and no update may be open")
+        if not parts <= self._held:
+            raise ValueError(f"{', '.join(sorted(parts - self._held))}: released already")
+        if "kv_cache" in parts:
+            self._batch.cache.empty()
+            self._stale_cache = True
+        if "weights" in parts:
+            self.model.give_up_weights()
+        self._held -= parts
+
+    def _take_back(self, parts: frozenset[MemoryPart]) -> None:
+        if parts & self._held:
+            raise ValueError(f"{', '.join(sorted(parts & self._held))}: not released")
+        if "weights" in parts:
+            self.model.take_back_weights()
+        self._held |= parts
+
+    def _check_weights(self) -> None:
+        if "weights" not in self._held:
+            raise ValueError("the weights are released: resume_memory_occupation must come before new ones")
 
     def _abort(self, rid: str | None) -> None:
         rows = [row for row, sequence in enumerate(self._batch.sequences) if rid in (None, sequence.rid)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,16 @@ class RowCache(Cache):
         for layer in self.row_layers:
             layer.move(sources, targets)
 
+    def empty(self) -> None:
+        """Give up the memory of all keys and values."""
+        for layer in self.row_layers:
+            layer.keys = layer.values = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [tensor for layer in self.row_layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 class ReferenceModel:
     """One set of weights. The forward passes return float32 and touch no weights."""
@@ -164,8 +175,34 @@ class ReferenceModel:
             round_weights(self.module)
         if self.fp8.activations:
             round_inputs(self.module)
+        self._given_up: tuple[BinaryIO, list[torch.Size]] | None = None
+        """Bytes of the weights, while they are given up, and the shapes of the parameters."""
         self.vocab_size: int = self.config.vocab_size
         self.eos_token_ids = _eos_token_ids(folder, self.config)
+
+    def give_up_weights(self) -> None:
+        """Their memory goes back to the machine; their bytes wait in a file without a name in the temporary folder."""
+        file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - it lives until take_back_weights
+        shapes = []
+        for parameter in self.module.parameters():
+            shapes.append(parameter.shape)
+            file.write(_bytes(parameter.data.contiguous()))
+            parameter.data = parameter.data.new_empty(0)
+        file.seek(0)
+        self._given_up = file, shapes
+
+    def take_back_weights(self) -> None:
+        assert self._given_up is not None, "give_up_weights comes first"
+        (file, shapes), self._given_up = self._given_up, None
+        # The decoding thread is in inference mode, and a tensor made in it takes no new weights elsewhere.
+        with file, torch.inference_mode(False):
+            for parameter, shape in zip(self.module.parameters(), shapes, strict=True):
+                parameter.data = parameter.data.new_empty(shape)
+                file.readinto(_bytes(parameter.data))  # type: ignore[attr-defined]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.module.parameters())
 
     def new_cache(self) -> RowCache:
         return RowCache(self.config.num_hidden_layers, fp8=self.fp8.key_values)
@@ -203,6 +240,11 @@ class ReferenceModel:
             logits_to_keep=logits_to_keep,
         )
         return output.logits.float()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Of a contiguous tensor, to read or write."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _causal(tokens: Tensor) -> Tensor:

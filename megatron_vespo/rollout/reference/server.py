@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import secrets
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from megatron_vespo.rollout.protocol import PauseMode
+from megatron_vespo.rollout.protocol import MemoryPart, PauseMode
 from megatron_vespo.rollout.reference.batch import Result, Sequence
 from megatron_vespo.rollout.reference.body import Body, refusal
 from megatron_vespo.rollout.reference.generator import Generator
@@ -53,6 +54,10 @@ class UpdateBody(Body):
 
 class PauseBody(Body):
     mode: PauseMode = "abort"
+
+
+class MemoryBody(Body):
+    tags: frozenset[MemoryPart]
 
 
 class AbortBody(Body):
@@ -130,6 +135,14 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: s
         await asyncio.wrap_future(generator.resume())
         return Response()
 
+    @app.post("/release_memory_occupation")
+    async def release_memory_occupation(body: MemoryBody) -> Response:
+        return await _done(generator.give_up(body.tags))
+
+    @app.post("/resume_memory_occupation")
+    async def resume_memory_occupation(body: MemoryBody) -> Response:
+        return await _done(generator.take_back(body.tags))
+
     @app.post("/abort_request")
     async def abort_request(body: AbortBody) -> Response:
         if body.abort_all or body.rid:
@@ -137,6 +150,14 @@ def build_app(generator: Generator, dtype: torch.dtype, random_seed: int, key: s
         return Response()
 
     return app
+
+
+async def _done(future: Future[None]) -> Response:
+    try:
+        await asyncio.wrap_future(future)
+    except ValueError as error:
+        return refusal(400, str(error))
+    return Response()
 
 
 class KeyCheck:

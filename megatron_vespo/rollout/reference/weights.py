@@ -1,4 +1,4 @@
-"""Weights that come to the reference engine bucket by bucket: SGLang's routes, and one for a file of shared memory."""
+"""Weights that come to the reference engine bucket by bucket: SGLang's routes, and one for memory of this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_vespo.weights.buckets import TensorSpec, unpack
 from megatron_vespo.weights.checksum import checksum
 from megatron_vespo.weights.fp8 import SCALE_SUFFIX, dequantise_blocks, is_block_quantised
 from megatron_vespo.weights.groups import BroadcastGroup, connect_store
-from megatron_vespo.weights.transports.shared_memory import map_file
+from megatron_vespo.weights.transports.place import open_place
 from megatron_vespo.weights.wire import Arrivals
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -143,8 +143,8 @@ class DistributedBody(BucketBody):
     flush_cache: bool = True
 
 
-class FileBody(BucketBody):
-    file: Path
+class PlaceBody(BucketBody):
+    place: str
 
 
 class VersionBody(Body):
@@ -180,11 +180,11 @@ def weight_routes(updates: WeightUpdates) -> APIRouter:
     async def update_weights_from_distributed(body: DistributedBody) -> JSONResponse:
         return await _answer(lambda: updates.receive(body.group_name, body.specs()))
 
-    @router.post("/update_weights_from_file")
-    async def update_weights_from_file(body: FileBody) -> JSONResponse:
+    @router.post("/update_weights_from_place")
+    async def update_weights_from_place(body: PlaceBody) -> JSONResponse:
         specs = body.specs()
         size = sum(spec.nbytes for spec in specs)
-        return await _answer(lambda: updates.load(map_file(body.file, size), specs))
+        return await _answer(lambda: updates.load(open_place(body.place, size), specs))
 
     return router
 

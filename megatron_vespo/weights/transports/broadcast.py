@@ -78,6 +78,9 @@ class Broadcast:
 
         at_once([partial(members.broadcast, bucket.flat), *(partial(receive, engine) for engine in self.engines)])
 
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         if self._members is not None:
             on_each(self.engines, lambda engine: engine.leave_broadcast(self.group))

@@ -13,6 +13,9 @@ import torch
 from megatron_vespo.weights.buckets import Bucket, ByTurns
 from megatron_vespo.weights.sync import EngineWeights, on_each
 
+FILE = "file:"
+"""Before the path, in the name of a place (place.py)."""
+
 
 class SharedMemory:
     """A :class:`~.streamed.Channel`. Host memory on a GPU machine too: the engine copies it to its device."""
@@ -32,7 +35,10 @@ class SharedMemory:
     def send(self, bucket: Bucket) -> None:
         where = bucket.flat.data_ptr()
         (path,) = (file.path for _, file in self._files.made if file.flat.data_ptr() == where)
-        on_each(self.engines, lambda engine: engine.receive_shared(path, bucket.specs))
+        on_each(self.engines, lambda engine: engine.receive_shared(lambda: f"{FILE}{path}", bucket.specs))
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         self._files.made.clear()

@@ -1,4 +1,4 @@
-"""Weights bucket by bucket into paused engines, through a channel: a broadcast or shared memory."""
+"""Weights bucket by bucket into paused engines, through a channel: a broadcast, shared memory or device memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ class Channel(Protocol):
 
     def send(self, bucket: Bucket) -> None:
         """Returns when every engine has loaded it, and its buffer may be written again."""
+
+    def rest(self) -> None:
+        """Called after each sync: give up what costs little to have again."""
 
     def close(self) -> None: ...
 
@@ -73,6 +76,7 @@ class StreamedTransport:
         checked = prove(self.engines, sent, arrived)
         on_each(self.engines, lambda engine: engine.set_version(version))
         on_each(self.engines, lambda engine: engine.resume())
+        self.channel.rest()
         return SyncReport(version, time.perf_counter() - start, size, self.outgoing.full_bytes, len(sent), checked)
 
     def close(self) -> None:
@@ -98,6 +102,6 @@ class StreamedTransport:
             if base is None and (self.outgoing.delta or self.channel.needs_plugin):
                 raise SyncError(
                     f"{engine.url} is an SGLang without the plugin of megatron_vespo, which sync.delta=true and "
-                    "sync.transport=shared_memory need: install megatron_vespo beside it, or change these"
+                    "sync.transport=shared_memory or ipc need: install megatron_vespo beside it, or change these"
                 )
         return any(base is None or base != self.outgoing.base() for base in kept)
