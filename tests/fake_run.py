@@ -84,9 +84,12 @@ class FakeTrainers:
         value = -1.0 if version is None else -float(version)
         return {}, [np.full(len(s.response_tokens), value, np.float32) for s in samples]
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "state.json").write_text(json.dumps({"driver": state, "model": {}}))
+    def take_snapshot(self, folder: Path) -> None:
+        self.folder = folder.with_name(folder.name + ".partial")
+        self.folder.mkdir(parents=True)
+
+    def write_snapshot(self, state: dict[str, Any]) -> None:
+        (self.folder / "state.json").write_text(json.dumps({"driver": state, "model": {}}))
 
 
 class FakeSync:
@@ -124,6 +127,7 @@ class FakeRewards:
 class QuietRun(Run):
     def finish(self, **state: Any) -> None:
         self.save_checkpoint(**state)
+        self.saves.wait()
         self.writer.close()
 
 

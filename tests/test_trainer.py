@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +53,44 @@ def update_and_export(config_file: Path, overrides: list[str], folder: Path) -> 
     return trainer.compute_logprobs(samples, 0.7)
 
 
+def save(trainer: Any, folder: Path, state: dict[str, Any]) -> None:
+    """As the driver has it done."""
+    from megatron_vespo.policy import checkpoint
+
+    trainer.take_snapshot(folder)
+    # Training goes on: what is written is of before.
+    for model in trainer.models:
+        for parameter in model.parameters():
+            parameter.data.add_(1.0)
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, trainer.write_snapshot())
+    if dist.get_rank() == 0:
+        trainer.seal(state, written)
+        checkpoint.commit(folder)
+    dist.barrier()
+
+
+def parameters(trainer: Any) -> list[torch.Tensor]:
+    masters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return [p.detach().clone() for p in (*(p for m in trainer.models for p in m.parameters()), *masters)]
+
+
 def check_checkpoint(trainer: Any, folder: Path) -> None:
     """Nothing is written where it would not fit, and the estimate is the size; a changed byte is found by one rank."""
     from megatron_vespo.policy import checkpoint
 
-    multiprocessing.current_process().daemon = False  # megatron-core's writer has a process of its own
     state = {"step": 1, "version": 2}
     free_bytes, checkpoint.free_bytes = checkpoint.free_bytes, lambda folder: 1000 + 10**9 * dist.get_rank()
     with pytest.raises(DiskFull, match=r"step_000001 needs .* 1,000 are free there") as refusal:
-        trainer.save(folder, state)
+        trainer.take_snapshot(folder)
     checkpoint.free_bytes = free_bytes
     assert not folder.parent.exists()
     dist.barrier()
-    trainer.save(folder, state)
+    before = parameters(trainer)
+    save(trainer, folder, state)
+    assert not torch.equal(parameters(trainer)[0], before[0])
+    trainer.load(folder)
+    assert all(torch.equal(now, then) for now, then in zip(parameters(trainer), before, strict=True))
     assert checkpoint.read_state(folder) == state and checkpoint.complete(folder.parent) == [folder]
     size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     needed = int(str(refusal.value).partition("needs ")[2].split()[0].replace(",", ""))

@@ -184,8 +184,11 @@ class LocalTrainers:
         tensors, size = self.engine.load(version, export_hf(self.trainer.models, self.trainer.hf_config))
         return SyncReport(version, time.monotonic() - started, size, size, tensors, checked=0)
 
-    def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
-        self.trainer.save(folder.resolve(), driver_state)
+    def take_snapshot(self, folder: Path) -> None:
+        self.trainer.take_snapshot(folder.resolve())
+
+    def write_snapshot(self, driver_state: dict[str, Any]) -> None:
+        self.trainer.seal(driver_state, [self.trainer.write_snapshot()])
 
     def close(self) -> None:
         dist.destroy_process_group()

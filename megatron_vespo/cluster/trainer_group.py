@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+import torch
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,6 +23,7 @@ from megatron_vespo.cluster.weight_sender import WeightSender
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.policy.checkpoint import CheckpointError
+from megatron_vespo.policy.snapshot import Written
 from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.records import Sample
@@ -32,6 +35,16 @@ if TYPE_CHECKING:  # megatron-core stays out of the driver
 
 PLACEMENT_DEADLINE_S = 120
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+SAVING = "saving"
+PEERS_DEATH_S = 10.0
+"""Within it Ray has noticed that a process has died; the others notice a broken connection sooner."""
+
+OF_THE_MACHINE = (torch.distributed.DistBackendError, torch.AcceleratorError)
+"""Errors of a rank's network or device."""
+
+
+class RankLost(ClusterError):
+    """A rank died, or its device or network failed: these ranks cannot go on, new ones can."""
 
 
 class TrainerRank:
@@ -73,6 +86,16 @@ class TrainerRank:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.trainer, method)(*arguments)
 
+    # In a thread of their own, beside whatever the rank computes: no collective may be called there.
+
+    @ray.method(concurrency_group=SAVING)
+    def write_snapshot(self) -> Written:
+        return self.trainer.write_snapshot()
+
+    @ray.method(concurrency_group=SAVING)
+    def seal(self, driver_state: dict[str, Any], *written: Written) -> None:
+        self.trainer.seal(driver_state, written)
+
 
 class TrainerGroup:
     """All ranks; each method is one collective call of PolicyTrainer. Raises :class:`ClusterError`."""
@@ -86,13 +109,18 @@ class TrainerGroup:
             bundle[TRAINER_NODE] = 1.0
         self.placement = placement_group([bundle] * cluster.nodes, "STRICT_SPREAD" if cluster.nodes > 1 else "PACK")
         if not self.placement.wait(PLACEMENT_DEADLINE_S):
+            remove_placement_group(self.placement)
             raise ClusterError(
                 f"no room for {cluster.nodes} node(s) with {bundle}: the cluster has {ray.cluster_resources()}. "
                 "Change cluster.nodes or cluster.ranks_per_node, or free the cluster."
             )
         self.ranks = [self._place(config, rank, seat) for rank in range(cluster.world_size)]
-        rendezvous = self._gather([self.ranks[0].rendezvous.remote()])[0]
-        self._gather([actor.start.remote(config, rank, rendezvous) for rank, actor in enumerate(self.ranks)])
+        try:
+            rendezvous = self._gather([self.ranks[0].rendezvous.remote()])[0]
+            self._gather([actor.start.remote(config, rank, rendezvous) for rank, actor in enumerate(self.ranks)])
+        except BaseException:
+            self.close()
+            raise
 
     def _place(self, config: RunConfig, rank: int, seat: dict[str, float]) -> Any:
         threads = str(config.cluster.threads_per_rank)
@@ -100,6 +128,7 @@ class TrainerGroup:
             num_cpus=seat["CPU"],
             num_gpus=seat["GPU"],
             max_restarts=0,
+            concurrency_groups={SAVING: 1},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self.placement, placement_group_bundle_index=rank // config.cluster.ranks_per_node
             ),
@@ -115,14 +144,34 @@ class TrainerGroup:
             try:
                 ray.get(done[0])
             except RayError as error:
-                rank = calls.index(done[0])
-                cause = getattr(error, "cause", None) or error
-                if isinstance(cause, EngineError | SyncError | CheckpointError | DiskFull):
-                    raise cause from None  # not the rank's own failure
-                raise ClusterError(
-                    f"trainer rank {rank} failed: {cause}\n--- end of {self.logs[rank]}\n{tail(self.logs[rank])}"
-                ) from cause
+                raise self._failure(calls, waiting, done[0], error) from error
         return ray.get(calls)
+
+    def _failure(self, calls: list[Any], waiting: list[Any], failed: Any, error: RayError) -> Exception:
+        """What to raise for the failure of the rank that was asked by ``failed``."""
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, EngineError | SyncError | CheckpointError | DiskFull):
+            return cause  # not the rank's own failure
+        lost = isinstance(error, RayActorError)
+        if not lost and isinstance(cause, RuntimeError):
+            # A rank that lost its connection to one that died may be the first to say so.
+            failed, cause, lost = self._dead_peer(waiting) or (failed, cause, isinstance(cause, OF_THE_MACHINE))
+        rank = calls.index(failed)
+        kind = RankLost if lost else ClusterError
+        return kind(f"trainer rank {rank} failed: {cause}\n--- end of {self.logs[rank]}\n{tail(self.logs[rank])}")
+
+    def _dead_peer(self, waiting: list[Any]) -> tuple[Any, RayError, bool] | None:
+        deadline = time.monotonic() + PEERS_DEATH_S
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+            for call in done:
+                try:
+                    ray.get(call)
+                except RayActorError as error:
+                    return call, error, True
+                except RayError:
+                    continue  # it has lost the same one
+        return None
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return self._gather([actor.call.remote(method, *arguments) for actor in self.ranks])
@@ -175,8 +224,15 @@ class TrainerGroup:
         """Files of a checkpoint that are not what was written; each rank reads its share."""
         return [name for part in self._all("damage", folder.resolve()) for name in part]
 
-    def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
-        self._all("save", folder.resolve(), driver_state)
+    def take_snapshot(self, folder: Path) -> None:
+        """Of what the checkpoint ``folder`` is to hold."""
+        self._all("take_snapshot", folder.resolve())
+
+    def write_snapshot(self, driver_state: dict[str, Any]) -> None:
+        """Whole, and ready to be committed; for any thread, while the ranks go on training."""
+        written = [actor.write_snapshot.remote() for actor in self.ranks]
+        self._gather(written)
+        self._gather([self.ranks[0].seal.remote(driver_state, *written)])
 
     def load(self, folder: Path) -> None:
         self._all("load", folder.resolve())

@@ -257,6 +257,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
     """How many of the newest stay."""
+    background: bool = True
+    """Training stands still while the state is copied into host memory, not while it is written. The copy stays until
+    that is done: weights and optimizer of its shard on one rank of each model shard (--dry-run says how much)."""
     resume: bool = True
     """Go on from the newest checkpoint of run_dir, if there is one."""
     export_hf: bool = True
@@ -292,6 +295,9 @@ class ClusterConfig(Section):
     with ``rollout``. 0: both go wherever there is room."""
     threads_per_rank: PositiveInt = 1
     """OMP threads of a rank on a CPU."""
+    max_restarts: NonNegativeInt = 3
+    """Where a trainer rank dies, all of them are started again from the newest checkpoint, and the engines stay: this
+    often without a newer checkpoint in between; then the run ends. 0: never."""
     colocate: bool = False
     """Trainer and engines on the same devices, taking turns: one is in their memory, the other waits in the host's.
     Not in train.mode asynchronous, where both are at work at once (docs/colocation.md)."""

@@ -17,6 +17,7 @@ from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.turns import Apart, Turns
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.saves import Saves
 from megatron_vespo.loop.stop import StoppedEarly, stop_file
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.objectives.advantages import group_advantages
@@ -26,7 +27,7 @@ from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import complete, newest, prune, read_state, step_folder
+from megatron_vespo.policy.checkpoint import newest, step_folder
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
@@ -72,7 +73,11 @@ class Run:
     """Of the updates since the last record."""
     resumed: dict[str, Any] = field(default_factory=dict)
     """The driver's state in the checkpoint that the run goes on from."""
+    saves: Saves = field(init=False)
     _grading: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.saves = Saves(self.config, self.trainers, self.ledger)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         self.progress.phase(name)
@@ -87,11 +92,12 @@ class Run:
 
     def stop_if_asked(self) -> None:
         """After a step: raises StoppedEarly where someone asked for it and this step's checkpoint is there."""
-        directory = self.config.directory
-        if stop_file(directory).exists() and newest(directory / "checkpoints") == step_folder(
-            directory / "checkpoints", self.step
-        ):
-            stop_file(directory).unlink()
+        stop, folder = stop_file(self.config.directory), self.config.directory / "checkpoints"
+        if not stop.exists():
+            return
+        self.saves.wait()
+        if newest(folder) == step_folder(folder, self.step):  # asked for before it was due
+            stop.unlink()
             raise StoppedEarly(f"stopped after step {self.step}, as asked; the same command goes on from there")
 
     # ------------------------------------------------------------------------------------------ rollout and reward
@@ -238,6 +244,7 @@ class Run:
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""
+        self.saves.check()
         ids = [sample.id for sample in mini_batch]
         self.ledger.assigned(ids, self.version)
         self.turns.trainer()
@@ -272,18 +279,11 @@ class Run:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, **state: Any) -> None:
-        """``state``: what the loop itself needs to go on, JSON-able."""
+        """Of this step; it may be a while on its way to disk. ``state``: what the loop itself needs to go on,
+        JSON-able."""
         with self.phase("checkpoint"):
-            folder = self.config.directory / "checkpoints"
-            state = {"step": self.step, "version": self.version, "prompts": self.prompts.state()} | state
-            self.ledger.make_durable(self.version)
             self.turns.trainer()
-            self.trainers.save(step_folder(folder, self.step), state)
-            prune(folder, self.config.checkpoint.keep)
-            kept = complete(folder)
-            # Before that many, damage to the newest would throw the run back to its start.
-            if len(kept) == self.config.checkpoint.keep:
-                self.ledger.release(read_state(kept[0])["version"])
+            self.saves.begin({"step": self.step, "version": self.version, "prompts": self.prompts.state()} | state)
 
     def store_batches(self, batches: Iterable[Sequence[Sample]]) -> None:
         """Of a checkpoint that is about to be saved at this step: batches sampled and not trained yet."""
@@ -291,9 +291,6 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         for place, samples in enumerate(batches):
             write_batch(batch_file(folder, self.step + place), samples)
-        for other in folder.parent.glob("step_*"):
-            if other != folder and not step_folder(self.config.directory / "checkpoints", int(other.name[5:])).exists():
-                shutil.rmtree(other)
 
     def stored_batches(self) -> list[list[Sample]]:
         """Those of the checkpoint that the run goes on from. Raises StoreError."""
@@ -305,12 +302,14 @@ class Run:
 
     def finish(self, **state: Any) -> None:
         """The last checkpoint, the HF export and the report. ``state``: as in save_checkpoint."""
+        self.saves.wait()
         folder = self.config.directory / "checkpoints"
         if newest(folder) != step_folder(folder, self.step):
             self.save_checkpoint(**state)
         if self.config.checkpoint.export_hf:
             self.turns.trainer()
             self.trainers.export_hf(self.config.directory / "hf")
+        self.saves.wait()
         self.writer.close()
         for line in accuracy_lines(read_records(self.config.directory / "metrics.jsonl")):
             self.progress.message(line)

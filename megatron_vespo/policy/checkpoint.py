@@ -5,6 +5,9 @@ holds ``state.json``: the driver's own state (step, weight version, data order),
 of every other file, and a digest of its own. One that lacks a file or a byte is passed over (:func:`newest`), one with
 a changed byte is found by :func:`damage` before it is loaded. No generator's state is kept because none is used: the
 model has no dropout, and sampling seeds are counted, not drawn.
+
+Saving has four parts, so that training stands still for the first alone: :func:`take_snapshot`, ``Snapshot.write``,
+:func:`seal` and :func:`commit`.
 """
 
 from __future__ import annotations
@@ -20,18 +23,17 @@ import torch
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from transformers import AutoConfig
 
 from megatron_vespo import platform
+from megatron_vespo.policy.snapshot import BACKEND, VERSION, Snapshot, SnapshotStrategy, Written
 from megatron_vespo.samples.disk import file_digest, free_bytes, require_space
 
 STATE_FILE = "state.json"
@@ -163,38 +165,57 @@ def check_weights(folder: Path, hf_config: Any) -> None:
     _compare(folder, saved, hf_config, "Set model.path to the HF folder of that model.")
 
 
-def save_checkpoint(
+def take_snapshot(
     folder: Path,
-    hf_config: Any,
     models: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    driver_state: dict[str, Any],
-) -> None:
-    """Collective. Writes ``<folder>.partial``, then renames it. Raises :class:`~megatron_vespo.samples.disk.DiskFull`,
-    on all ranks, before anything is written."""
+) -> Snapshot:
+    """Collective. What this rank has to write of the checkpoint ``folder``, as it is now, in host memory; training may
+    go on. Raises :class:`~megatron_vespo.samples.disk.DiskFull`, on all ranks, before anything is written.
+
+    Then each rank calls :meth:`~megatron_vespo.policy.snapshot.Snapshot.write`, rank 0 :func:`seal` with what they
+    return, and someone :func:`commit`; none of that is collective."""
     state = _sharded_state(models, optimizer, scheduler, loading=False)
     _require_space(folder, state)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = _partial(folder)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(partial), get_default_save_sharded_strategy("torch_dist", 1))
-    dist.barrier()
-    files = _sealed(partial)
-    if dist.get_rank() == 0:
-        record: dict[str, Any] = {"driver": driver_state, "model": _shape(hf_config), "files": files}
-        record["digest"] = _record_digest(json.loads(json.dumps(record)))
-        with (partial / STATE_FILE).open("w") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        if folder.exists():
-            set_aside(folder)
-        partial.rename(folder)
-        _sync_folder(folder.parent)
-    dist.barrier()
+    strategy = SnapshotStrategy()
+    dist_checkpointing.save(state, str(partial), strategy, async_sharded_save=True)
+    return strategy.snapshot
+
+
+def seal(snapshot: Snapshot, hf_config: Any, driver_state: dict[str, Any], written: Sequence[Written]) -> None:
+    """On rank 0, when every rank has written: the index of the tensors, and ``state.json`` over all files."""
+    partial = snapshot.folder
+    assert snapshot.index is not None, "rank 0 has it"
+    snapshot.finish(snapshot.index, [part.results for part in written])
+    save_config(CheckpointingConfig(BACKEND, VERSION), str(partial))
+    files = {name: entry for part in written for name, entry in part.files.items()}
+    for path in partial.iterdir():
+        if path.name not in files:  # small, and written by this rank
+            files[path.name] = (path.stat().st_size, file_digest(path))
+            _sync(path)
+    record: dict[str, Any] = {"driver": driver_state, "model": _shape(hf_config), "files": dict(sorted(files.items()))}
+    record["digest"] = _record_digest(json.loads(json.dumps(record)))
+    (partial / STATE_FILE).write_text(json.dumps(record, indent=1))
+    _sync(partial / STATE_FILE)
+    _sync(partial)
+
+
+def commit(folder: Path) -> None:
+    """What :func:`seal` has made whole becomes a checkpoint."""
+    if folder.exists():
+        set_aside(folder)
+    _partial(folder).rename(folder)
+    _sync(folder.parent)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
 
 
 def _require_space(folder: Path, state: dict[str, Any]) -> None:
@@ -208,23 +229,8 @@ def _require_space(folder: Path, state: dict[str, Any]) -> None:
     require_space(folder.parent, int(needed), f"checkpoint {folder.name}", free=int(free))
 
 
-def _sealed(partial: Path) -> dict[str, tuple[int, str]]:
-    """Name -> (bytes, digest) of every file, each read by one rank; on rank 0."""
-    names, rank, ranks = sorted(path.name for path in partial.iterdir()), dist.get_rank(), dist.get_world_size()
-    dist.barrier()
-    mine = {name: ((partial / name).stat().st_size, file_digest(partial / name)) for name in names[rank::ranks]}
-    (partial / f"digests.{rank}.json").write_text(json.dumps(mine))
-    dist.barrier()
-    files: dict[str, tuple[int, str]] = {}
-    if rank == 0:
-        for part in sorted(partial.glob("digests.*.json")):
-            files |= json.loads(part.read_text())
-            part.unlink()
-    return dict(sorted(files.items()))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,6 @@
 """One rank of the trainer: the policy under megatron-core, from HF checkpoint to updated weights.
 
-Every method is collective: all ranks call it with the same arguments.
+Every method is collective, all ranks call it with the same arguments; those that are not say so.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_vespo.policy.past_weights import PastWeights
 from megatron_vespo.policy.response_weights import weigh
 from megatron_vespo.policy.router import RouterLosses
 from megatron_vespo.policy.routing_replay import MicroBatchRouting, RoutingReplay, mismatch_metric
+from megatron_vespo.policy.snapshot import Snapshot, Written
 from megatron_vespo.policy.step import (
     LogprobHead,
     MetricTable,
@@ -89,6 +90,7 @@ class PolicyTrainer:
         )
         self.objective = objective_of(config)
         self.past = PastWeights(self.models)
+        self.snapshot: Snapshot | None = None
         self.memory = TrainerMemory(self.chunks, self.optimizer)
 
     # ------------------------------------------------------------------------------------------ training
@@ -248,8 +250,19 @@ class PolicyTrainer:
         """Write the current weights as an HF folder that transformers loads."""
         save_hf_folder(export_hf(self.models, self.hf_config), folder, self.config.model.path)
 
-    def save(self, folder: Path, driver_state: dict[str, Any]) -> None:
-        checkpoint.save_checkpoint(folder, self.hf_config, self.models, self.optimizer, self.scheduler, driver_state)
+    def take_snapshot(self, folder: Path) -> None:
+        """Of what the checkpoint ``folder`` is to hold. The next one may be taken when this one has been written."""
+        self.snapshot = checkpoint.take_snapshot(folder, self.models, self.optimizer, self.scheduler)
+
+    def write_snapshot(self) -> Written:
+        """Not collective, and for any thread, like :meth:`seal`: training may go on meanwhile."""
+        assert self.snapshot is not None, "it has been taken"
+        return self.snapshot.write()
+
+    def seal(self, driver_state: dict[str, Any], written: Sequence[Written]) -> None:
+        """On rank 0 alone, with what all ranks have written. Leaves what :func:`~.checkpoint.commit` renames."""
+        assert self.snapshot is not None, "it has been taken"
+        checkpoint.seal(self.snapshot, self.hf_config, driver_state, written)
 
     def damage(self, folder: Path) -> list[str]:
         """Files of this rank's share of a checkpoint that are not what was written."""
