@@ -119,7 +119,9 @@ def test_killed_again_and_again_a_run_equals_the_undisturbed_one(finished: Path,
         tmp_path, finished / "tiny.yaml", finished / "run", ("engine", "checkpoint", "trainer"), random.Random(1)
     )
     assert state.kills == 3 and state.undone > 0
+    assert state.started == 2, "the driver was killed once, and survived the deaths of the others"
     said = [(state.folder / f"{i}.log").read_text() for i in range(1, state.started + 1)]
+    assert "The trainers are started again, the engines stay: restart 1 of 3" in said[1]
     assert any(": damaged (" in text and "the run goes on from the one before" in text for text in said)
     wait_until(lambda: not processes_about(str(tmp_path)), 120, "all processes ended")
 
