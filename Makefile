@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env quickstart test test-fast test-sglang invariance chaos study study-small sglang lint clean
+.PHONY: env quickstart test test-fast test-sglang test-slurm invariance chaos study study-small sglang lint clean
 
 env: $(VENV)/.installed
 
@@ -25,7 +25,7 @@ quickstart: env
 	$(BIN)/python -m megatron_vespo train model_configs/quickstart.yaml $(ARGS)
 
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slurm'
 
 test-fast: env
 	$(BIN)/python -m pytest -m 'not slow'
@@ -55,6 +55,13 @@ $(VENV)/.sglang: $(VENV)/.installed tools/install_sglang_cpu.sh
 
 test-sglang: sglang
 	$(BIN)/python -m pytest -m sglang
+
+# The launchers on a real Slurm of several emulated nodes on this machine; root, and Debian's packages.
+test-slurm: env
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null && command -v shellcheck \
+	  >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+	  apt-get install -q -y --no-install-recommends slurm-wlm munge iproute2 shellcheck; }
+	PYTHONPATH=.:tests $(BIN)/python -m pytest tests/test_slurm.py tests/test_launch.py --durations=20
 
 lint: env
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@
 
 Each round waits for a random moment of a run in synchronous mode and kills its driver, a trainer rank, an engine or a
 reward worker; ``checkpoint`` is the driver's death with a byte of the newest checkpoint changed. A driver is started
-again at once, the others by their driver. After each round the ledger must balance. When the run is through, its weights, optimizer, data order,
-ledger, rollouts and metrics must be those of the undisturbed run, bit for bit; then the next run begins.
+again at once, whatever else dies by the driver. After each round the ledger must balance. When the run is through, its
+weights, optimizer, data order, ledger, rollouts and metrics must be those of the undisturbed run, bit for bit; then the
+next run begins.
 """
 
 from __future__ import annotations

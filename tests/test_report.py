@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -192,3 +193,33 @@ def test_smoothing_passes_over_gaps() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (42.4, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_several_runs_are_compared_in_one_page(tmp_path: Path) -> None:
+    from megatron_vespo.cli import main
+
+    for name, objective, parts in (("a", "vespo", 4), ("b", "grpo", 16)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = f"objective: {{name: {objective}}}\ntrain: {{mode: synchronous, mini_batches: {parts}}}\n"
+        (folder / "config.resolved.yaml").write_text(config)
+        score = 0.25 if name == "a" else 0.5
+        records = [
+            {"step": 0, "version": 0, "eval": {"greedy": 0.1, "avg@4": 0.125, "n": 4}},
+            {"step": 1, "version": parts, "loss": 1.0, "reward": 0.5, "grad_norm": 7.5, "staleness_mean": 1.5},
+            {"step": 1, "version": parts, "eval": {"greedy": 0.1, "avg@4": score, "n": 4}},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(r["run"], r["objective"], r["mini_batches"], r["updates"]) for r in rows] == [
+        ("a", "vespo", "4", "4"),
+        ("b", "grpo", "16", "16"),
+    ]
+    assert [(r["before"], r["best"], r["largest_gradient"]) for r in rows] == [
+        ("0.125", "0.25", "7.5"),
+        ("0.125", "0.5", "7.5"),
+    ]
+    page = (tmp_path / "runs.html").read_text()
+    assert page.count("<svg") == 4 and "Held-out accuracy" in page
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "a")]) == 2

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megatron_vespo import platform
+from megatron_vespo.cluster.turns import Apart
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
@@ -35,7 +36,7 @@ from megatron_vespo.policy.trainer import PolicyTrainer
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout import EnginePool
 from megatron_vespo.rollout.precision import precision_flags
-from megatron_vespo.rollout.protocol import GenerateRequest, Generation, PauseMode
+from megatron_vespo.rollout.protocol import GenerateRequest, Generation, MemoryPart, PauseMode
 from megatron_vespo.rollout.reference.batch import Sequence as Response
 from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
@@ -107,6 +108,9 @@ class LocalEngine:
 
     def resume(self) -> None:
         self._generator.resume().result()
+
+    def hold(self, parts: frozenset[MemoryPart]) -> None:
+        raise NotImplementedError("trainer and engine need no turns here")
 
     def load(self, version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> tuple[int, int]:
         """Returns how many tensors were copied, and their bytes."""
@@ -226,7 +230,7 @@ def open_in_process(resolved: ResolvedConfig) -> Iterator[Run]:
             trainers=trainers,  # type: ignore[arg-type]
             ledger=ledger,
             engines=engines,
-            engine_weights=WeightSync(config, trainers, engines),  # type: ignore[arg-type]
+            engine_weights=WeightSync(config, trainers, engines, Apart()),  # type: ignore[arg-type]
             rewards=rewards,
             prompts=PromptStream(prompts(data.train), config.seed),
             held_out=prompts(data.evaluate) if data.evaluate else [],

@@ -1,6 +1,6 @@
 """The command line: ``megatron-vespo train CONFIG [key=value ...]`` and its siblings, a file each.
 
-Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 75 stopped early as asked, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_vespo.cli import budget, compare, convert, ledger, plan, report, train
+from megatron_vespo.cli import budget, compare, convert, doctor, launch, ledger, plan, report, train
 from megatron_vespo.config.load import ConfigError
 
-COMMANDS = (train, plan, report, ledger, compare, budget, convert)
+COMMANDS = (train, launch, plan, doctor, report, ledger, compare, budget, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

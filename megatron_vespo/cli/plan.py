@@ -26,6 +26,7 @@ def add_parser(commands: Commands) -> None:
         "--from", nargs="+", type=Path, default=[], dest="run_dirs", metavar="RUN_DIR", help="measure the rates there"
     )
     parser.add_argument("--rates", type=Path, dest="rates_file", metavar="FILE", help="YAML of rates and lengths")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU (default: 80)")
     parser.add_argument("--gpus", type=int, help="to split (default: as many as the config has)")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated lengths")
     parser.add_argument("--json", action="store_true", help="all numbers instead of tables")
@@ -55,5 +56,9 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("rates, --from, --gpus and --json belong to a simulation; add --simulate")
     from megatron_vespo.loop.preflight import check_run
 
-    print(check_run(resolved.run, dry_run=True).describe())
+    plan = check_run(resolved.run, dry_run=True)
+    print(plan.describe())
+    from megatron_vespo.plan.fit import fit
+
+    print(fit(resolved.run, plan.hf_config, plan.layout, options.gpu_memory))
     return 0

@@ -31,6 +31,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from megatron_vespo.cluster.ray_cluster import ClusterError
     from megatron_vespo.loop.attempts import train
+    from megatron_vespo.loop.stop import STOPPED, StoppedEarly
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
@@ -43,6 +44,9 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         train(resolved)
+    except StoppedEarly as stopped:
+        print(stopped)
+        return STOPPED
     except (ConfigError, DataError, RewardError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
-from megatron_vespo.cluster.ray_cluster import ClusterError, spans_nodes
+from megatron_vespo.cluster.ray_cluster import ROLLOUT_NODE, ClusterError, spans_nodes
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
@@ -189,7 +189,8 @@ class EngineGroup:
         options: dict[str, Any]
         if self.seats is None:
             gpus = float(engine_ranks(self.config.rollout.engine_args) * platform.current().accelerators_per_rank)
-            options = dict(num_cpus=1, num_gpus=gpus)
+            role = {ROLLOUT_NODE: 0.001} if self.config.cluster.rollout_nodes else {}  # any number fits on such a node
+            options = dict(num_cpus=1, num_gpus=gpus, resources=role)
         else:
             seat = self.seats[index]
             place = PlacementGroupSchedulingStrategy(seat.placement, placement_group_bundle_index=seat.bundle)

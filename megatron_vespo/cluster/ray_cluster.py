@@ -12,6 +12,9 @@ import ray
 
 from megatron_vespo.config.schema import RunConfig
 
+TRAINER_NODE, ROLLOUT_NODE = "trainer", "rollout"
+"""Ray's custom resources by which the nodes of a cluster are told apart (cluster.rollout_nodes); one of it a node."""
+
 
 class ClusterError(RuntimeError):
     """The cluster cannot run this layout, or a part of it died; the message says which and where its log is."""

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
-from megatron_vespo.cluster.ray_cluster import ClusterError
+from megatron_vespo.cluster.ray_cluster import TRAINER_NODE, ClusterError
 from megatron_vespo.cluster.weight_sender import WeightSender
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
@@ -105,6 +105,8 @@ class TrainerGroup:
         self.logs = [logs.resolve() / f"trainer-{rank}.log" for rank in range(cluster.world_size)]
         seat = {"CPU": 1.0, "GPU": float(platform.current().accelerators_per_rank)}
         bundle = {resource: amount * cluster.ranks_per_node for resource, amount in seat.items() if amount}
+        if cluster.rollout_nodes:
+            bundle[TRAINER_NODE] = 1.0
         self.placement = placement_group([bundle] * cluster.nodes, "STRICT_SPREAD" if cluster.nodes > 1 else "PACK")
         if not self.placement.wait(PLACEMENT_DEADLINE_S):
             remove_placement_group(self.placement)

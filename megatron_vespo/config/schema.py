@@ -290,6 +290,9 @@ class ClusterConfig(Section):
     """Nodes with trainer ranks."""
     ranks_per_node: PositiveInt = 8
     """Trainer ranks (GPUs) on each."""
+    rollout_nodes: NonNegativeInt = 0
+    """Further nodes, for engines alone. Trainers then take nodes with Ray's custom resource ``trainer``, engines those
+    with ``rollout``. 0: both go wherever there is room."""
     threads_per_rank: PositiveInt = 1
     """OMP threads of a rank on a CPU."""
     max_restarts: NonNegativeInt = 3

@@ -39,8 +39,9 @@ def train(run: Run) -> None:
             if run.due(config.evaluate.every) and run.step < config.train.steps:
                 sync(run)
                 evaluate(run)
-            if run.due(config.checkpoint.every):
+            if run.checkpoint_due:
                 run.save_checkpoint(rollouts=rollouts.state())
+            run.stop_if_asked()
 
         sync(run)
         evaluate(run)

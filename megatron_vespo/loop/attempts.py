@@ -48,7 +48,7 @@ class Patience:
             raise error
         if self.spent == self.limit:
             raise ClusterError(
-                f"{self._first}\n--- It was the first of {self.spent + 1} deaths of a trainer rank since the checkpoint "
-                f"of step {step} (cluster.max_restarts = {self.limit})."
+                f"{self._first}\n--- This was the first of {self.spent + 1} deaths of a trainer rank since the "
+                f"checkpoint of step {step} (cluster.max_restarts = {self.limit})."
             ) from error
         self.spent += 1

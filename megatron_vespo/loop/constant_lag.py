@@ -40,9 +40,10 @@ def train(run: Run) -> None:
         record_step(run, samples)
         if run.due(config.evaluate.every) and run.step < config.train.steps:
             evaluate(run)
-        if run.due(config.checkpoint.every):
+        if run.checkpoint_due:
             run.store_batches(ahead)
             run.save_checkpoint()
+        run.stop_if_asked()
 
     evaluate(run)
     run.finish()

@@ -18,6 +18,7 @@ from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.turns import Apart, Turns
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.saves import Saves
+from megatron_vespo.loop.stop import StoppedEarly, stop_file
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.objectives.advantages import group_advantages
 from megatron_vespo.observe.metrics import MetricSums
@@ -84,6 +85,20 @@ class Run:
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self.due(self.config.checkpoint.every) or stop_file(self.config.directory).exists()
+
+    def stop_if_asked(self) -> None:
+        """After a step: raises StoppedEarly where someone asked for it and this step's checkpoint is there."""
+        stop, folder = stop_file(self.config.directory), self.config.directory / "checkpoints"
+        if not stop.exists():
+            return
+        self.saves.wait()
+        if newest(folder) == step_folder(folder, self.step):  # asked for before it was due
+            stop.unlink()
+            raise StoppedEarly(f"stopped after step {self.step}, as asked; the same command goes on from there")
 
     # ------------------------------------------------------------------------------------------ rollout and reward
 

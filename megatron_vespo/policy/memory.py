@@ -34,20 +34,45 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(hf_config: Any, config: RunConfig, layout: ParallelLayout) -> MemoryEstimate:
-    """Weights, gradients and optimizer exactly as sharded (norms counted as if sharded too); activations roughly:
-    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise (and the queries, keys
-    and values of multi-latent attention), and the log-probs."""
+@dataclass(frozen=True)
+class ParameterCount:
+    """Of a model, by how they are sharded."""
+
+    dense: int
+    experts: int
+    latent: int
+    """Of dense: the down-projections of multi-latent attention, which every tensor-parallel rank holds whole."""
+
+
+def count_parameters(hf_config: Any) -> ParameterCount:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     experts = sum(n for name, n in sizes.items() if ".experts." in name)
-    dense = sum(sizes.values()) - experts
+    latent = sum(n for name, n in sizes.items() if name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight")))
+    return ParameterCount(sum(sizes.values()) - experts, experts, latent)
+
+
+def kv_bytes_per_token(hf_config: Any, tensor: int, width: int = 2) -> int:
+    """Of the KV cache on one GPU of an engine that spans ``tensor``; multi-latent attention caches the latent whole."""
+    layers = hf_config.num_hidden_layers
+    if has_latent_attention(hf_config):
+        return layers * (hf_config.kv_lora_rank + hf_config.qk_rope_head_dim) * width
+    heads = max(1, hf_config.num_key_value_heads // tensor)
+    return layers * 2 * heads * head_dim(hf_config) * width
+
+
+def estimate_memory(
+    hf_config: Any, config: RunConfig, layout: ParallelLayout, count: ParameterCount | None = None
+) -> MemoryEstimate:
+    """Weights, gradients and optimizer exactly as sharded (norms counted as if sharded too); activations roughly:
+    layer inputs under full recomputation, about 16 tensors of the hidden size a layer otherwise (and the queries, keys
+    and values of multi-latent attention), and the log-probs."""
+    count = count or count_parameters(hf_config)
+    dense, experts, latent = count.dense, count.experts, count.latent
     routed = getattr(hf_config, "num_experts_per_tok", 0) or 0
     active = dense + (experts * routed // num_experts(hf_config) if experts else 0)
 
-    # Every tensor-parallel rank holds the down-projections of multi-latent attention (policy/model.py).
-    latent = sum(n for name, n in sizes.items() if name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight")))
     dense_here = (dense - latent) // (layout.tensor * layout.pipeline) + latent // layout.pipeline
     experts_here = experts // (layout.expert * layout.expert_tensor * layout.pipeline)
     width = getattr(torch, config.model.dtype).itemsize

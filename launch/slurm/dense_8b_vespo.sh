@@ -1,0 +1,19 @@
+#!/bin/bash
+#SBATCH --job-name=dense_8b_vespo
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# Qwen3-8B by VESPO, synchronous: sbatch launch/slurm/dense_8b_vespo.sh [key=value ...]
+set -euo pipefail
+# Slurm runs a copy of this file: the library is where the job was submitted, or in VESPO_HOME.
+cd "${VESPO_HOME:-${SLURM_SUBMIT_DIR:-.}}"
+# shellcheck source=launch/slurm/job.sh
+source launch/slurm/job.sh
+train_job "${CONFIG:-model_configs/qwen3_8b_vespo.yaml}" "train.mini_batches=${N:-8}" "$@"

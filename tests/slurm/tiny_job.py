@@ -1,0 +1,68 @@
+"""Submits the launchers with the tiny run, and looks at what became of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny_run import make_run, records
+
+from slurm.cluster import SlurmCluster
+
+ROOT = Path(__file__).parents[2]
+
+
+class TinyJob:
+    """One job of ``launcher`` on ``nodes`` nodes, everything of it under ``folder``."""
+
+    def __init__(
+        self,
+        slurm: SlurmCluster,
+        folder: Path,
+        nodes: int,
+        *flags: str,
+        launcher: str = "moe_30b_vespo.sh",
+        **sections: dict[str, Any],
+    ) -> None:
+        folder.mkdir()
+        self.slurm, self.folder, self.run = slurm, folder, folder / "run"
+        defaults = {
+            "cluster": {"nodes": nodes, "ranks_per_node": 1},
+            "checkpoint": {"every": 1, "export_hf": False},
+            "evaluate": {"max_prompts": 2, "samples_per_prompt": 1},
+        }
+        self.config = make_run(folder, **(defaults | sections))
+        self.log = folder / "job.log"
+        command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={self.log}", *flags]
+        settings = [f"launch/slurm/{launcher}", "train.mini_batches=2"]
+        environment = {
+            "CONFIG": str(self.config),
+            "RUN_DIR": str(self.run),
+            "PYTHON": sys.executable,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+            "RAY_OBJECT_STORE_BYTES": str(150 << 20),
+            "MAX_STARTS": "2",
+            "GRACE_S": "15",
+        }
+        self.number = slurm.ask(*command, *settings, cwd=ROOT, **environment).strip()
+
+    def steps(self) -> list[int]:
+        return [record["step"] for record in records(self.run) if "loss" in record]
+
+    def starts(self) -> int:
+        return 1 + int(self.slurm.job(self.number)["Restarts"])
+
+    def end_after(self, steps: int) -> None:
+        """From its next start on, the run ends there: a config is read at every start."""
+        config = yaml.safe_load(self.config.read_text())
+        config["train"]["steps"] = steps
+        self.config.write_text(yaml.safe_dump(config))
+
+    def ended(self, timeout_s: float = 240) -> dict[str, str]:
+        return self.slurm.wait_for(self.number, ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), timeout_s)
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else "nothing"

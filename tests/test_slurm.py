@@ -1,0 +1,103 @@
+"""The launchers on a real Slurm: `make test-slurm`. Nothing is timed; a run is endless until the test lets it end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.cluster import SlurmCluster, missing
+from slurm.tiny_job import ROOT, TinyJob
+from tiny_run import wait_until
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+]
+LAUNCHERS = sorted(path.name for path in (ROOT / "launch/slurm").glob("*.sh") if path.name != "job.sh")
+ENDLESS = {"steps": 100_000, "prompts_per_step": 8, "mini_batches": 2, "tokens_per_micro_batch": 256}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    environment = Path(sys.prefix)
+    with SlurmCluster(folder / "cluster", 8, [ROOT, environment, folder.parent]) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def folder(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Under the shared file system; afterwards no job of the test runs."""
+    yield tmp_path_factory.mktemp("job") / "tiny"
+    cluster.ask("scancel", "--user=root")
+    wait_until(lambda: not cluster.job_processes(), 60, f"every process of a job to end: {cluster.job_processes()}")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_slurm_accepts_every_launcher(cluster: SlurmCluster, launcher: str) -> None:
+    assert "to start at" in cluster.ask("sbatch", "--test-only", f"launch/slurm/{launcher}", "x", cwd=ROOT)
+
+
+def test_trainers_and_engines_take_their_nodes_and_nothing_is_left(cluster: SlurmCluster, folder: Path) -> None:
+    job = TinyJob(cluster, folder, 2, "--export=ALL,TRAINER_NODES=1,ROLLOUT_NODES=1", launcher="moe_30b_vespo_async.sh")
+    assert job.ended()["JobState"] == "COMPLETED", job.said()
+    assert job.steps() == [1, 2, 3]
+    wait_until(lambda: not cluster.job_processes(), 60, "every process of the job to end")
+    logs = sorted(path.name for path in (job.run / "logs").glob("job-*/*.log"))
+    assert logs == ["await.log", "doctor.log", "driver.log", "ray-0.log", "ray-1.log"]
+
+
+def test_a_job_with_too_few_nodes_is_refused_before_ray_starts(cluster: SlurmCluster, folder: Path) -> None:
+    job = TinyJob(cluster, folder, 2, cluster={"nodes": 3, "ranks_per_node": 1})
+    assert job.ended()["ExitCode"] == "2:0", job.said()
+    assert "tiny.yaml:" in job.said() and "cluster.nodes = 3" in job.said() and "--nodes=3" in job.said()
+    assert not list(job.run.glob("logs/job-*/ray-*"))
+
+
+def test_at_the_time_limit_the_run_stops_with_a_checkpoint_and_goes_on(cluster: SlurmCluster, folder: Path) -> None:
+    job = TinyJob(cluster, folder, 2, "--time=4", "--signal=B:USR1@170", train=ENDLESS, checkpoint={"every": 0})
+    wait_until(lambda: job.starts() == 2, 280, "the job to be queued again")
+    cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # the limit struck; it need not again
+    last = job.steps()[-1]
+    saved = [path.name for path in job.run.glob("checkpoints/step_*")]
+    assert saved == [f"step_{last:06d}"], "not where it stopped"
+    job.end_after(last + 2)
+    assert job.ended()["JobState"] == "COMPLETED", job.said()
+    assert job.steps() == list(range(1, last + 3)), "a step is missing, or was made twice"
+
+
+def test_a_run_whose_node_is_cut_off_goes_on_elsewhere(cluster: SlurmCluster, folder: Path) -> None:
+    job = TinyJob(cluster, folder, 2, train=ENDLESS)
+    wait_until(lambda: len(list(job.run.glob("checkpoints/step_*"))) >= 2, 200, "two checkpoints")
+    assert cluster.job(job.number)["NodeList"] == "n[1-2]"
+    cluster.cut_off("n2")
+    try:
+        wait_until(lambda: job.starts() == 2, 200, "the job to be queued again")
+        reached = job.steps()[-1]
+        job.end_after(reached + 2)
+        assert job.ended()["JobState"] == "COMPLETED", job.said()
+        assert job.steps() == list(range(1, reached + 3))
+        assert "n2" not in cluster.job(job.number)["NodeList"]
+    finally:
+        cluster.power_off("n2")
+        cluster.power_on("n2")
+
+
+def test_a_crash_loop_is_noticed(cluster: SlurmCluster, folder: Path) -> None:
+    broken = {"engine": "reference", "precision": "fp32", "engine_args": {"nonsense": 1}}
+    job = TinyJob(cluster, folder, 1, rollout=broken)
+    assert job.ended()["ExitCode"] == "1:0"
+    assert job.starts() == 2, job.said()
+    assert "crash loop: 2 starts without a new checkpoint" in job.said()
+
+
+def test_scancel_leaves_nothing(cluster: SlurmCluster, folder: Path) -> None:
+    job = TinyJob(cluster, folder, 1, train=ENDLESS)
+    wait_until(lambda: job.steps(), 200, "a step")
+    assert cluster.job_processes()
+    cluster.ask("scancel", job.number)
+    assert job.ended()["JobState"] == "CANCELLED"
+    wait_until(lambda: not cluster.job_processes(), 60, "every process of the job to end")
