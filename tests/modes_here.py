@@ -17,7 +17,7 @@ from tiny_run import make_run, records
 from megatron_vespo.config.load import load_config
 from megatron_vespo.loop.modes import train
 from megatron_vespo.loop.run import Run
-from megatron_vespo.loop.start import open_run
+from megatron_vespo.loop.start import open_job, open_run
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.writer import RunWriter
@@ -120,5 +120,5 @@ def modes_here(folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: dict[s
     # A page a mode would be most of what these tests take.
     monkeypatch.setattr("megatron_vespo.loop.run.write_report", lambda folder: "none")
     config = make_run(folder, sync={"folder": str(folder / "sync"), "probe_tolerance": 1e-4}, **sections)
-    with open_run(load_config(config)) as run:
+    with open_job(load_config(config)) as job, open_run(job) as run:
         yield Modes(run, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -35,6 +36,7 @@ from megatron_vespo.loop.replay import load_run, micro_batches, read_updates
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.response_weights import weigh_trained
+from megatron_vespo.samples.accounting import account
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
 pytestmark = pytest.mark.slow
@@ -119,7 +121,9 @@ def test_killed_again_and_again_a_run_equals_the_undisturbed_one(finished: Path,
         tmp_path, finished / "tiny.yaml", finished / "run", ("engine", "checkpoint", "trainer"), random.Random(1)
     )
     assert state.kills == 3 and state.undone > 0
+    assert state.started == 2, "the driver was killed once, and survived the deaths of the others"
     said = [(state.folder / f"{i}.log").read_text() for i in range(1, state.started + 1)]
+    assert "The trainers are started again, the engines stay: restart 1 of 3" in said[1]
     assert any(": damaged (" in text and "the run goes on from the one before" in text for text in said)
     wait_until(lambda: not processes_about(str(tmp_path)), 120, "all processes ended")
 
@@ -199,6 +203,31 @@ def test_on_shared_devices_a_run_equals_one_apart_and_each_side_gives_way(finish
     assert all(record["turn_seconds"] > 0 for record in steps(tmp_path))
     assert all(record["turn_bytes"] == 0 for record in steps(tmp_path)), "on a CPU the trainer has nothing to move"
     wait_until(lambda: not processes_about(str(tmp_path)), 60, "all processes ended")
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "broadcast"])
+def test_a_rank_that_dies_in_the_middle_of_a_sync_is_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """Asynchronous, with deltas: the engines hold half a version that nobody has any more, and go back to an older."""
+    monkeypatch.setenv("DYING_RANK", str(tmp_path / "died"))
+    config = make_run(
+        tmp_path,
+        objective={"name": "dying_rank.vespo"},
+        data={"evaluate": None},
+        train={"mode": "asynchronous", "steps": 4, "mini_batches": 1},
+        checkpoint={"every": 1, "export_hf": False},
+        sync={"transport": transport, "delta": True, "bucket_mb": 1, "timeout_s": 60},
+    )
+    code, out, err = train(config)
+    assert code == 0, out + err
+    assert (tmp_path / "died").exists() and out.count("The trainers are started again, the engines stay") == 1
+    assert "trainer rank 0 failed" in out and "engine_restarts" not in json.dumps(records(tmp_path / "run"))
+    assert [r["step"] for r in steps(tmp_path)] == [1, 2, 3, 4]
+    assert all(r["sync_probe_max"] < 1e-4 for r in steps(tmp_path)[1:])
+    counted = account(tmp_path / "run")
+    assert counted.balances and sorted(counted.updates) == [0, 1, 2, 3] and set(counted.updates.values()) == {32}
+    assert len(counted.rollbacks) == 1
 
 
 def test_without_restarts_a_dead_engine_ends_the_run_with_one_message_and_nothing_left(tmp_path: Path) -> None:

@@ -30,8 +30,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
 
     from megatron_vespo.cluster.ray_cluster import ClusterError
-    from megatron_vespo.loop.modes import train
-    from megatron_vespo.loop.start import open_run
+    from megatron_vespo.loop.attempts import train
     from megatron_vespo.loop.stop import STOPPED, StoppedEarly
     from megatron_vespo.policy.checkpoint import CheckpointError
     from megatron_vespo.rewards import RewardError
@@ -44,8 +43,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.weights.sync import SyncError
 
     try:
-        with open_run(resolved) as run:
-            train(run)
+        train(resolved)
     except StoppedEarly as stopped:
         print(stopped)
         return STOPPED

@@ -297,7 +297,8 @@ class ClusterConfig(Section):
     """OMP threads of a rank on a CPU."""
     max_restarts: NonNegativeInt = 3
     """Where a trainer rank dies, all of them are started again from the newest checkpoint, and the engines stay: this
-    often without a newer checkpoint in between; then the run ends. 0: never."""
+    often without a newer checkpoint in between; then the run ends. 0: never; nor under colocate and sync.transport
+    ipc, where engines are launched for the ranks that they share a device with."""
     colocate: bool = False
     """Trainer and engines on the same devices, taking turns: one is in their memory, the other waits in the host's.
     Not in train.mode asynchronous, where both are at work at once (docs/colocation.md)."""

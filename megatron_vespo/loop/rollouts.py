@@ -89,10 +89,12 @@ class Rollouts:
         self._grader.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """What still runs, where an error or a signal ends the run, ends with the engines."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What still runs on the engines ends with them, or is given up by whoever begins the next run on them."""
         self._sampled.put(None)
-        self._grader.join(LOOK_EVERY_S)  # a response that is being graded may take its time, and nobody wants it
+        # The next run has the same ledger, so that nothing of this one may come to it later. Where an interrupt ends
+        # the process, nobody waits for a response that takes its time to be graded.
+        self._grader.join(None if kind is None or issubclass(kind, Exception) else LOOK_EVERY_S)
 
     # ------------------------------------------------------------------------------------------ for the training side
 

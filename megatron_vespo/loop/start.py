@@ -1,16 +1,18 @@
-"""Start every part of a run and end it, whatever happens in between."""
+"""Start every part of a job and of its runs, and end it, whatever happens in between."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.cluster.turns import launch_engines
+from megatron_vespo.cluster.turns import Apart, Turns, launch_engines
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
@@ -24,14 +26,36 @@ from megatron_vespo.policy.checkpoint import read_state
 from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards import build_reward
 from megatron_vespo.rewards.worker import RewardWorkers
+from megatron_vespo.rollout.episodes import Episode
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape
 
 
+@dataclass
+class Job:
+    """What lives as long as the process, whatever becomes of the trainers."""
+
+    config: RunConfig
+    ledger: Ledger
+    rewards: RewardWorkers
+    prompts: PromptStream
+    """As the last run left it."""
+    held_out: list[Prompt]
+    tokenizer: Any
+    play: Callable[[Episode], None] | None
+    stack: ExitStack
+    """Of what ends with the job."""
+    engines: EngineGroup | None = None
+    """Launched beside the trainers of the first run, which they may share devices with; then they stay."""
+    turns: Turns = field(default_factory=Apart)
+    runs: int = 0
+    """Begun in it."""
+
+
 @contextmanager
-def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
-    """Start every part, hand over the run, and end every part whatever happens."""
+def open_job(resolved: ResolvedConfig) -> Iterator[Job]:
+    """Start what lives as long as the process, and end it whatever happens."""
     from transformers import AutoTokenizer
 
     config = resolved.run
@@ -50,16 +74,40 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         stack.enter_context(ray_cluster(config))
         rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
         stack.callback(rewards.close)
+        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
+        yield Job(
+            config=config,
+            ledger=ledger,
+            rewards=rewards,
+            prompts=prompts,
+            held_out=held_out[: config.evaluate.max_prompts],
+            tokenizer=tokenizer,
+            play=play,
+            stack=stack,
+        )
+
+
+@contextmanager
+def open_run(job: Job) -> Iterator[Run]:
+    """Start trainers, hand over a run that goes on from the newest checkpoint, and end the trainers whatever happens.
+
+    The first run of a process and one after the death of a trainer rank are begun by the same steps: what an earlier
+    process left on disk, an earlier run of this one leaves there too.
+    """
+    config, prompts = job.config, job.prompts
+    directory = config.directory
+    with ExitStack() as stack:
         trainers = TrainerGroup(config, directory / "logs")
         stack.callback(trainers.close)
-        stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
         checkpoint = load_newest(config, trainers)
-        engines, turns = launch_engines(config, trainers, directory / "logs")
-        stack.callback(engines.close)
+        if job.engines is None:
+            job.engines, job.turns = launch_engines(config, trainers, directory / "logs")
+            job.stack.callback(job.engines.close)
+        engines, turns = job.engines, job.turns
+        stack.callback(_forsake, engines)
         state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
-        if checkpoint:
-            prompts.restore(state["prompts"])
-        rollback = ledger.roll_back(state["version"], recipe(config, prompts.prompts))
+        prompts.restore(state["prompts"]) if checkpoint else prompts.rewind()
+        rollback = job.ledger.roll_back(state["version"], recipe(config, prompts.prompts))
         writer = stack.enter_context(
             RunWriter(
                 directory,
@@ -73,14 +121,14 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
         run = Run(
             config=config,
             trainers=trainers,
-            ledger=ledger,
+            ledger=job.ledger,
             engines=engines,
             engine_weights=WeightSync(config, trainers, engines, turns),
-            rewards=rewards,
+            rewards=job.rewards,
             prompts=prompts,
-            held_out=held_out[: config.evaluate.max_prompts],
-            tokenizer=tokenizer,
-            play=play,
+            held_out=job.held_out,
+            tokenizer=job.tokenizer,
+            play=job.play,
             turns=turns,
             writer=writer,
             progress=stack.enter_context(RunProgress(config.train.steps, state["step"])),
@@ -93,12 +141,24 @@ def open_run(resolved: ResolvedConfig) -> Iterator[Run]:
             run.progress.message(f"resumed from step {run.step}: {rollback}")
         if config.sync.transport != "disk":
             engines.pool.refresh = lambda: run.engine_weights.refresh(run.version)
-        if checkpoint or config.rollout.urls or config.model.weights:
-            # Engines were launched from model.path; those that someone else started may hold anything.
+        job.runs += 1
+        if checkpoint or config.rollout.urls or config.model.weights or job.runs > 1:
+            # Engines were launched from model.path; those that someone else started, or that a run before this one
+            # has synced, may hold anything.
             run.sync_weights()
         else:
             run.engine_weights.keep(0)
-        yield run
+        try:
+            yield run
+        except Exception:
+            run.saves.settle()  # one that its ranks survive is worth going on from
+            raise
+
+
+def _forsake(engines: EngineGroup) -> None:
+    """Whoever asked for responses, or would have sent weights, is gone."""
+    engines.pool.refresh = None
+    engines.pool.forsake()
 
 
 def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:

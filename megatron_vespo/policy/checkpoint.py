@@ -72,6 +72,12 @@ def newest(checkpoints: Path) -> Path | None:
     return next(reversed(complete(checkpoints)), None)
 
 
+def newest_step(checkpoints: Path) -> int:
+    """0: there is none."""
+    folder = newest(checkpoints)
+    return 0 if folder is None else _step(folder)
+
+
 def complete(checkpoints: Path) -> list[Path]:
     """Those that lack no file and no byte, the oldest first."""
     return sorted((folder for folder in _named(checkpoints) if _is_complete(folder)), key=_step)

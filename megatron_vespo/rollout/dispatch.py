@@ -130,6 +130,18 @@ class Dispatcher:
         for seat, piece in running:
             self._start(self._abort(seat, piece.request.id))
 
+    async def forsake(self) -> None:
+        """Nobody waits for anything any more. Afterwards nothing is under way, here or on an engine that answers."""
+        self._waiting.clear()
+        for job in self._jobs.values():
+            job.aborted = True
+            job.done.cancel()
+        await asyncio.gather(*(self._abort(seat, None) for seat in self.seats if seat.calls))
+        for seat in self.seats:
+            for call in list(seat.calls):
+                self._end(seat, call)
+        self._jobs.clear()
+
     def resume(self) -> None:
         self.paused = False
         self._schedule()

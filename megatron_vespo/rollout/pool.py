@@ -97,6 +97,10 @@ class EnginePool:
     def abort(self, request_id: str | None = None) -> None:
         io_loop.wait_for(self._dispatcher.abort(request_id))
 
+    def forsake(self) -> None:
+        """Give up everything that is asked for; the engines go on, and may be asked anew."""
+        io_loop.wait_for(self._dispatcher.forsake())
+
     # --- weights ------------------------------------------------------------------------------------------------
 
     def update_weights_from_disk(self, folder: Path, version: int) -> None:

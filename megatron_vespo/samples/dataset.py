@@ -231,6 +231,11 @@ class PromptStream:
             "fingerprint": self._fingerprint(),
         }
 
+    def rewind(self) -> None:
+        """To the beginning."""
+        self.epoch, self.position, self._deferred = 0, 0, []
+        self._order = self._shuffle()
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state` was taken. Raises :class:`DataError` if seed or prompts are others."""
         for name, mine in (("seed", self.seed), ("prompts", len(self.prompts)), ("fingerprint", self._fingerprint())):
