@@ -1,5 +1,5 @@
-"""``objective.name=dying_rank.vespo``: VESPO in a run whose trainer's rank 0 dies once, between two buckets of its third
-sync, with the engines paused and their weights half written.
+"""``objective.name=dying_rank.vespo``: rank 0 of the trainer dies once, in the middle of its second sync,
+with the engines paused and their weights half written.
 
 Objectives are what a rank imports by a name from the config, so that a test gets into its process this way. That it
 has died is remembered by the file that DYING_RANK names.
@@ -16,7 +16,7 @@ from megatron_vespo.objectives.catalog import OBJECTIVES
 from megatron_vespo.weights.buckets import Bucket
 from megatron_vespo.weights.transports import broadcast, shared_memory
 
-SYNC = 3
+SYNC = 2
 
 
 def vespo(**params: Any) -> Any:
