@@ -1,4 +1,4 @@
-"""``objective.name=dying_rank.vespo``: VESPO in a run whose trainer's rank 0 dies once, in the middle of its second sync,
+"""``objective.name=dying_rank.vespo``: rank 0 of the trainer dies once, in the middle of its second sync,
 with the engines paused and their weights half written.
 
 Objectives are what a rank imports by a name from the config, so that a test gets into its process this way. That it
