@@ -16,7 +16,6 @@ makes slower where it takes their cores. Rows take turns; seconds are medians of
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import threading
@@ -62,7 +61,6 @@ def a_trainer(folder: Path, hidden: int, layers: int) -> PolicyTrainer:
             "cluster": {"ranks_per_node": 1},
         }
     )
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     platform.current().prepare_megatron(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return PolicyTrainer(config)
@@ -88,12 +86,17 @@ def write(trainer: PolicyTrainer, folder: Path) -> None:
     commit(folder)
 
 
-def measured(trainer: PolicyTrainer, row: str, folder: Path, updates: int) -> tuple[float, float, float]:
-    """Seconds that training stands still, of its updates, and until the checkpoint is committed."""
+def measured(trainer: PolicyTrainer, row: str, folder: Path, updates: int) -> tuple[float, float, float, float]:
+    """Seconds that training stands still, of its updates, and until the checkpoint is committed; processor seconds."""
     samples = some_samples()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     ended = [start]
-    writer = threading.Thread(target=lambda: (write(trainer, folder), ended.append(time.perf_counter())))
+
+    def save() -> None:
+        write(trainer, folder)
+        ended.append(time.perf_counter())
+
+    writer = threading.Thread(target=save)
     if row != "none":
         trainer.take_snapshot(folder)
         writer.start()
@@ -105,7 +108,7 @@ def measured(trainer: PolicyTrainer, row: str, folder: Path, updates: int) -> tu
     trained = time.perf_counter()
     if row != "none":
         writer.join()
-    return still - start, trained - still, ended[-1] - start
+    return still - start, trained - still, ended[-1] - start, time.process_time() - used
 
 
 def main() -> None:
@@ -115,7 +118,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    found: dict[str, list[tuple[float, float, float]]] = {row: [] for row in ROWS}
+    found: dict[str, list[tuple[float, ...]]] = {row: [] for row in ROWS}
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
         folder = Path(name)
         trainer = a_trainer(folder, options.hidden, options.layers)
@@ -125,10 +128,10 @@ def main() -> None:
                 found[row].append(measured(trainer, row, folder / "checkpoints" / "step_000001", options.updates))
         size = sum(path.stat().st_size for path in (folder / "checkpoints" / "step_000001").iterdir())
     print(f"checkpoint of {size / 2**20:.0f} MiB, {options.updates} updates")
-    print(f"{'':12}{'stands still s':>16}{'updates s':>12}{'on disk after s':>18}")
+    print(f"{'':12}{'stands still s':>16}{'updates s':>12}{'on disk after s':>18}{'cpu s':>8}")
     medians = {row: [statistics.median(column) for column in zip(*found[row], strict=True)] for row in ROWS}
-    for row, (still, updates, on_disk) in medians.items():
-        print(f"{row:12}{still:16.3f}{updates:12.2f}{on_disk:18.2f}")
+    for row, (still, updates, on_disk, cpu) in medians.items():
+        print(f"{row:12}{still:16.3f}{updates:12.2f}{on_disk:18.2f}{cpu:8.1f}")
     still, whole = (medians[row][0] for row in ("background", "waited"))
     longer = {row: sum(medians[row][:2]) - sum(medians["none"][:2]) for row in ("background", "waited")}
     print(f"stands still for {still / whole:.2f} of the time; the save costs training", end=" ")

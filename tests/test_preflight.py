@@ -129,4 +129,6 @@ def test_the_plan_says_what_kept_weights_take(
     monkeypatch.chdir(ROOT)
     settings = ["train.mode=asynchronous", "asynchronous.sync_every=2", "asynchronous.max_staleness=5"]
     assert main(["train", "model_configs/qwen3_8b_vespo.yaml", *settings, "--dry-run"]) == 0
-    assert "host memory  up to 3 x " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "host memory  up to 3 x " in said
+    assert "on one rank of each model shard while a checkpoint is written (checkpoint.background)" in said

@@ -178,7 +178,10 @@ def test_an_asynchronous_run_that_lost_a_rank_goes_on_with_the_same_engines(tmp_
         train_asynchronously(first)
     first.saves.settle()
     assert any(seat.calls for seat in first.engines.pool._dispatcher.seats), "responses are under way"
+    asker = first.engines.pool.asker()
     first.engines.pool.forsake()
+    with pytest.raises(EngineError, match="nobody waits for this response any more"):
+        asker.generate([])  # an episode that has not noticed
     assert not any(seat.calls for seat in first.engines.pool._dispatcher.seats)
     first.ledger.close()
 

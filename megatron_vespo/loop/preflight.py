@@ -52,6 +52,12 @@ class Plan:
             f"{sequences // config.train.mini_batches} sequences, objective {config.objective.name}",
             f"run          {config.directory}",
         ]
+        if config.checkpoint.background:
+            lines.insert(
+                3,
+                f"host memory  {memory.snapshot / GIB:.1f} GiB on one rank of each model shard while a checkpoint is "
+                "written (checkpoint.background)",
+            )
         if config.keeps_weights:
             copies = config.asynchronous.max_staleness // config.asynchronous.sync_every + 1
             lines.insert(

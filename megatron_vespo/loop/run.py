@@ -156,7 +156,7 @@ class Run:
         """To train on, without waiting: the groups at ``places`` of the rollout batch ``step``, one a prompt."""
         options = self._options(self.config.rollout.samples_per_prompt, step, "train", places, self.routing)
         if self.play is not None:
-            return submit_episodes(self.engines.pool, prompts, self.play, self._training_sampling(), **options)
+            return submit_episodes(self.engines.pool.asker(), prompts, self.play, self._training_sampling(), **options)
         return submit_groups(self.engines.pool, prompts, self._training_sampling(), **options)
 
     def _training_sampling(self) -> SamplingParams:

@@ -28,6 +28,9 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    snapshot: int
+    """In host memory, while a checkpoint is written: weights and optimizer state of a model shard, on the rank that
+    writes it."""
 
     @property
     def total(self) -> int:
@@ -105,4 +108,5 @@ def estimate_memory(
         gradients=(dense_here + experts_here) * GRADIENT_BYTES,
         optimizer=states * optimizer,
         activations=rows * a_layer * width * layers * in_flight + logprobs,
+        snapshot=(dense_here + experts_here) * (width + optimizer),
     )

@@ -78,6 +78,8 @@ class Dispatcher:
         self.balance = Balance(len(engines), patience.in_flight)
         self.patience, self.restarts, self.threads = patience, restarts, threads
         self.paused = False
+        self.era = 0
+        """Counts those who asked, one after the other (:meth:`forsake`)."""
         self.broken: EngineError | None = None
         """Why no request can be answered any more."""
         self.counts: Counter[str] = Counter()
@@ -89,7 +91,10 @@ class Dispatcher:
 
     # --- asked by the pool --------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Job], era: int | None = None) -> None:
+        """``era``: raises EngineError where another has begun."""
+        if era not in (None, self.era):
+            raise EngineError("nobody waits for this response any more: the run that asked for it has ended")
         for job in jobs:
             if job.request.id in self._jobs:
                 raise ValueError(f"request id {job.request.id!r} is that of a running request")
@@ -132,6 +137,7 @@ class Dispatcher:
 
     async def forsake(self) -> None:
         """Nobody waits for anything any more. Afterwards nothing is under way, here or on an engine that answers."""
+        self.era += 1
         self._waiting.clear()
         for job in self._jobs.values():
             job.aborted = True

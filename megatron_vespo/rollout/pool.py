@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,17 @@ from megatron_vespo.rollout.restart import Launcher, Restarts, ServedWeights
 LOOK_EVERY_S = 1.0
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Asks a pool until that is forsaken: for threads that may not have noticed yet. Raises EngineError then."""
+
+    pool: EnginePool
+    era: int
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[list[Generation]]:
+        return self.pool.generate(requests, era=self.era)
 
 
 class EnginePool:
@@ -75,8 +87,9 @@ class EnginePool:
         """One future a request, each done when its ``n`` responses are."""
         return [job.done for job in self._submitted(requests)]
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[list[Generation]]:
-        jobs = self._submitted(requests)
+    def generate(self, requests: Sequence[GenerateRequest], *, era: int | None = None) -> list[list[Generation]]:
+        """``era``: see :class:`Asker`."""
+        jobs = self._submitted(requests, era)
         try:
             waiting = {job.done for job in jobs}
             while waiting:
@@ -89,13 +102,16 @@ class EnginePool:
             io_loop.call(self._dispatcher.drop, jobs)
             raise
 
-    def _submitted(self, requests: Sequence[GenerateRequest]) -> list[Job]:
+    def _submitted(self, requests: Sequence[GenerateRequest], era: int | None = None) -> list[Job]:
         jobs = [Job(request) for request in requests]
-        io_loop.call(self._dispatcher.submit, jobs)
+        io_loop.call(self._dispatcher.submit, jobs, era)
         return jobs
 
     def abort(self, request_id: str | None = None) -> None:
         io_loop.wait_for(self._dispatcher.abort(request_id))
+
+    def asker(self) -> Asker:
+        return Asker(self, io_loop.call(lambda: self._dispatcher.era))
 
     def forsake(self) -> None:
         """Give up everything that is asked for; the engines go on, and may be asked anew."""
