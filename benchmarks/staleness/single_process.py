@@ -29,6 +29,7 @@ from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.run import Run
+from megatron_vespo.loop.start import read_prompts
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
@@ -42,7 +43,7 @@ from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
 from megatron_vespo.rollout.reference.parameters import parameters_by_hf_name
 from megatron_vespo.rollout.reference.precision import Fp8, rounded_weight
-from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable
@@ -204,19 +205,6 @@ def open_in_process(resolved: ResolvedConfig) -> Iterator[Run]:
     config = resolved.run
     directory = config.directory
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    data = config.data
-
-    def prompts(path: Path) -> list[Any]:
-        return load_prompts(
-            path,
-            tokenizer,
-            prompt_field=data.prompt_field,
-            answer_field=data.answer_field,
-            template=data.template,
-            suffix=data.suffix,
-            max_prompt_tokens=data.max_prompt_tokens,
-        )
-
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger(directory, anew=True))
         (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
@@ -235,8 +223,8 @@ def open_in_process(resolved: ResolvedConfig) -> Iterator[Run]:
             engines=engines,
             engine_weights=WeightSync(config, trainers, engines, Apart()),  # type: ignore[arg-type]
             rewards=rewards,
-            prompts=PromptStream(prompts(data.train), config.seed),
-            held_out=prompts(data.evaluate) if data.evaluate else [],
+            prompts=PromptStream(read_prompts(config, config.data.train, tokenizer), config.seed),
+            held_out=read_prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else [],
             tokenizer=tokenizer,
             play=None,
             writer=stack.enter_context(RunWriter(directory, resumed_step=None)),

@@ -61,11 +61,11 @@ def open_job(resolved: ResolvedConfig) -> Iterator[Job]:
     config = resolved.run
     directory = config.directory
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    prompts = PromptStream(_prompts(config, config.data.train, tokenizer), config.seed)
+    prompts = PromptStream(read_prompts(config, config.data.train, tokenizer), config.seed)
     prompts.require(config.train.prompts_per_step)
     reward = build_reward(config.reward.name)
     play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
-    held_out = _prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
+    held_out = read_prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
     directory.mkdir(parents=True, exist_ok=True)
 
     with ExitStack() as stack:
@@ -161,7 +161,8 @@ def _forsake(engines: EngineGroup) -> None:
     engines.pool.forsake()
 
 
-def _prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
+def read_prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
+    """As section ``data`` of the config says. Raises DataError."""
     data = config.data
     return load_prompts(
         path,
