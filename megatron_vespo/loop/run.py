@@ -27,7 +27,7 @@ from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest, step_folder
+from megatron_vespo.policy.checkpoint import newest_step
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
@@ -96,7 +96,7 @@ class Run:
         if not stop.exists():
             return
         self.saves.wait()
-        if newest(folder) == step_folder(folder, self.step):  # asked for before it was due
+        if newest_step(folder) == self.step:  # asked for before it was due
             stop.unlink()
             raise StoppedEarly(f"stopped after step {self.step}, as asked; the same command goes on from there")
 
@@ -304,7 +304,7 @@ class Run:
         """The last checkpoint, the HF export and the report. ``state``: as in save_checkpoint."""
         self.saves.wait()
         folder = self.config.directory / "checkpoints"
-        if newest(folder) != step_folder(folder, self.step):
+        if newest_step(folder) != self.step:
             self.save_checkpoint(**state)
         if self.config.checkpoint.export_hf:
             self.turns.trainer()
