@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.staleness import grid, results, task  # noqa: E402
+from benchmarks.staleness.cell import windows  # noqa: E402
 from benchmarks.staleness.page import write_page  # noqa: E402
 from megatron_vespo.quickstart.problems import careful_steps, hurried_steps, write_response  # noqa: E402
 
@@ -48,13 +49,31 @@ def test_every_cell_of_both_suites_has_a_name_that_leads_back_and_as_many_update
         assert cell.config(Path("runs"))["evaluate"]["every"] * grid.EVALUATIONS == train["steps"]
 
 
-def outcome(seed: int, rewards: list[float], finals: list[float]) -> results.Outcome:
+def line(seed: int, rewards: list[float], finals: list[float]) -> dict[str, Any]:
+    """As a cell leaves it."""
     steps = [
         {"version": 16 * (i + 1), "reward": r, "entropy": 0.1, "response_length": 40.0, "grad_norm": 1.0}
         for i, r in enumerate(rewards)
     ]
-    evaluations = [(64 * i, {"avg@4": value}) for i, value in enumerate(finals)]
-    return results.Outcome(grid.Cell(seed, "sapo", "n64"), steps, evaluations, [])
+    quarter = {"tokens": 40.0, "responses": 9, "ess_phi": 0.5, "phi_positive": 0.9, "phi_negative": 0.4}
+    return {
+        "cell": f"sapo-n64-fp32-s{seed}",
+        "seconds": 1,
+        "evaluations": [[64 * i, {"avg@4": value}] for i, value in enumerate(finals)],
+        "windows": windows(steps),
+        "phi_by_length": [quarter, quarter],
+    }
+
+
+def outcome(seed: int, rewards: list[float], finals: list[float]) -> results.Outcome:
+    return results.Outcome.of(line(seed, rewards, finals))
+
+
+def test_windows_hold_at_least_so_many_updates_and_their_means() -> None:
+    steps = [{"version": 8 * (i + 1), "reward": float(i)} for i in range(5)]
+    assert windows(steps) == [{"updates": 16, "reward": 0.5}, {"updates": 32, "reward": 2.5}]
+    steps = [{"version": 64 * (i + 1), "reward": 1 / 3} for i in range(2)]
+    assert windows(steps) == [{"updates": 64, "reward": 0.3333}, {"updates": 128, "reward": 0.3333}]
 
 
 def test_a_method_that_sinks_for_good_has_broken_where_it_began_to_sink() -> None:
@@ -66,29 +85,15 @@ def test_a_method_that_sinks_for_good_has_broken_where_it_began_to_sink() -> Non
     assert results.spread([0.5, 0.7]) == "0.60 ± 0.14" and results.spread([0.5]) == "0.50"
 
 
-@pytest.fixture
-def cells(tmp_path: Path) -> Iterator[list[grid.Cell]]:
-    """Records of two seeds, as cells leave them."""
-    made = [grid.Cell(seed, "sapo", "n64") for seed in (1, 2)]
-    for cell, final in zip(made, (0.1, 0.5), strict=True):
-        folder = tmp_path / "cells" / cell.name
-        folder.mkdir(parents=True)
-        records = [{"version": 0, "eval": {"avg@4": 0.3}}]
-        for i in range(4):
-            step = {"version": 64 * (i + 1), "reward": 0.4, "entropy": 0.1, "response_length": 40.0, "grad_norm": 1.0}
-            records += [step, {"version": 64 * (i + 1), "eval": {"avg@4": final}}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        quarter = {"tokens": 40.0, "responses": 9, "ess_phi": 0.5, "phi_positive": 0.9, "phi_negative": 0.4}
-        (folder / "cell.json").write_text(json.dumps({"seconds": 1.0, "phi_by_length": [quarter, quarter]}))
-    yield made
-
-
-def test_the_page_keeps_what_a_person_wrote_and_marks_what_broke(tmp_path: Path, cells: list[grid.Cell]) -> None:
-    page = tmp_path / "docs" / "study.md"
+def test_the_page_keeps_what_a_person_wrote_and_marks_what_broke(tmp_path: Path) -> None:
+    page, file = tmp_path / "docs" / "study.md", tmp_path / "cells.jsonl"
     page.parent.mkdir()
-    write_page(page, "small", tmp_path, cells, left=3)
+    lines = [line(seed, [0.4] * 16, [0.3, *[final] * 4]) for seed, final in ((1, 0.1), (2, 0.5))]
+    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    outcomes = list(results.read_outcomes(file).values())
+    write_page(page, "small", outcomes, left=3)
     page.write_text(page.read_text().replace("# The staleness study\n", "# The staleness study\n\nA finding.\n"))
-    write_page(page, "small", tmp_path, cells, left=3)
+    write_page(page, "small", outcomes, left=3)
     text = page.read_text()
     assert text.count("A finding.") == 1 and text.count("## Tables") == 1
     assert "| sapo | 0.30 ± 0.28 † |" in text and "| sapo-n64-fp32-s1 |" in text and "3 cells" in text
@@ -115,8 +120,10 @@ def test_a_cell_trains_and_leaves_its_numbers(tmp_path: Path, monkeypatch: pytes
     command = [sys.executable, str(script), str(tmp_path), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = results.Outcome.read(tmp_path, grid.Cell.named(name))
-    assert [updates for updates, _ in found.evaluations] == [0, 2, 4, 6, 8]
-    assert [step["version"] for step in found.steps] == list(range(1, 9))
-    assert all(step["mismatch/kl"] > 1e-9 for step in found.steps)  # the engine's fp8
+    records = [json.loads(text) for text in (tmp_path / "cells" / name / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "eval" not in record]
+    assert [step["version"] for step in steps] == list(range(1, 9))
+    assert all(step["mismatch/kl"] > 1e-9 for step in steps)  # the engine's fp8
+    found = results.Outcome.of(json.loads((tmp_path / "cells" / name / "cell.json").read_text()))
+    assert [updates for updates, _ in found.evaluations] == [0, 2, 4, 6, 8] and found.cell.name == name
     assert not (tmp_path / "cells" / name / "checkpoints").exists()

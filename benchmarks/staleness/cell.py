@@ -1,4 +1,7 @@
-"""One cell: trained by the product's own loop, in this process. ``python -m benchmarks.staleness.cell ROOT NAME``."""
+"""One cell: trained by the product's own loop, in this process. ``python -m benchmarks.staleness.cell ROOT NAME``.
+
+What of it the study keeps is a line of JSON: the evaluations, the metrics over windows of updates, phi by length.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,10 @@ from megatron_vespo.samples.weight_table import WeightTable, stacked
 
 RESULT = "cell.json"
 """Written last: the cell is done."""
+WINDOW = 16
+"""Updates over which metrics are averaged, where a rollout batch has fewer."""
+METRICS = ("reward", "entropy", "response_length", "grad_norm", "k3_engine", "log_w_engine/std")
+DIGITS = 4
 QUARTERS = 4
 KEPT = ("config.resolved.yaml", "metrics.jsonl", "report.html", "samples")
 """Of the run directory; the rest nobody reads once the cell is done."""
@@ -40,11 +49,36 @@ def run_cell(root: Path, cell: Cell) -> None:
     resolved = load_config(file)
     with open_in_process(resolved) as run:
         train(run)
-    result = {"seconds": time.monotonic() - started, "phi_by_length": phi_by_length(folder, resolved.run)}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = {
+        "cell": cell.name,
+        "seconds": round(time.monotonic() - started),
+        "evaluations": [[record["version"], record["eval"]] for record in records if "eval" in record],
+        "windows": windows([record for record in records if "eval" not in record]),
+        "phi_by_length": phi_by_length(folder, resolved.run),
+    }
     for path in folder.iterdir():
         if path.name not in KEPT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    (folder / RESULT).write_text(json.dumps(result) + "\n")
+
+
+def windows(steps: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """METRICS averaged over the records of at least WINDOW updates each; ``updates``: made by the end of the window."""
+    found: list[dict[str, float]] = []
+    pending: list[dict[str, Any]] = []
+    for record in steps:
+        pending.append(record)
+        if record["version"] - (found[-1]["updates"] if found else 0) >= WINDOW:
+            held = {name: [r[name] for r in pending if name in r] for name in METRICS}
+            means = {name: shortened(mean(values)) for name, values in held.items() if values}
+            found.append({"updates": record["version"], **means})
+            pending = []
+    return found
+
+
+def shortened(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def phi_by_length(folder: Path, config: Any) -> list[dict[str, float]]:
@@ -61,10 +95,14 @@ def phi_by_length(folder: Path, config: Any) -> list[dict[str, float]]:
 
 
 def _of_quarter(table: WeightTable) -> dict[str, float]:
-    found = {"tokens": float(table.lengths.mean()), "responses": len(table), "ess_phi": effective_share(table.phi)}
+    found = {
+        "tokens": shortened(float(table.lengths.mean())),
+        "responses": len(table),
+        "ess_phi": shortened(effective_share(table.phi)),
+    }
     for sign, chosen in (("positive", table.advantages > 0), ("negative", table.advantages < 0)):
         if chosen.any():
-            found[f"phi_{sign}"] = float(table.phi[chosen].mean())
+            found[f"phi_{sign}"] = shortened(float(table.phi[chosen].mean()))
     return found
 
 

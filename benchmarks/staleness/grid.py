@@ -53,6 +53,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp8": {"precision": "fp8", "engine_args": {"fp8-activations": True, "kv-cache-dtype": "fp8_e4m3"}},
 }
 
+REMEDIED = (("n8", "fp8"), ("async", "fp8"), ("n64", "fp32"), ("lag64", "fp32"))
+"""Staleness and precision under which the remedies are tried."""
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -134,11 +137,7 @@ def full(seeds: int = 3) -> list[Cell]:
             for regime in ("n8", "async")
             for method in PAPER
         ]
-        cells += [
-            Cell(seed, method, regime, precision)
-            for regime, precision in (("n8", "fp8"), ("async", "fp8"), ("n64", "fp32"), ("lag64", "fp32"))
-            for method in REMEDIES
-        ]
+        cells += [Cell(seed, method, regime, precision) for regime, precision in REMEDIED for method in REMEDIES]
     return cells
 
 

@@ -12,10 +12,10 @@ from benchmarks.staleness.grid import (
     PRECISIONS,
     PROMPTS_PER_UPDATE,
     REGIMES,
+    REMEDIED,
     REMEDIES,
     SAMPLES_PER_PROMPT,
     UPDATES,
-    Cell,
 )
 from benchmarks.staleness.plots import draw_curves, draw_final
 from benchmarks.staleness.results import Outcome, chosen, spread
@@ -27,8 +27,7 @@ HEADER = """# The staleness study
 BROKEN = "†"
 
 
-def write_page(page: Path, suite: str, root: Path, cells: Sequence[Cell], left: int) -> None:
-    outcomes = [Outcome.read(root, cell) for cell in cells]
+def write_page(page: Path, suite: str, outcomes: Sequence[Outcome], left: int) -> None:
     written = page.read_text().partition(MARK)[0] if page.is_file() else HEADER
     images = page.parent / "images"
     parts = [MARK, "", *_about(suite, outcomes, left)]
@@ -87,35 +86,39 @@ def _accuracy(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _rewards(outcomes: Sequence[Outcome]) -> list[str]:
-    def value(method: str, regime: str) -> str:
-        return spread(o.late_reward for o in chosen(outcomes, method=method, regime=regime, precision="fp32"))
-
-    return _table("Training reward, mean of the last quarter of the updates, engine in fp32", PAPER, REGIMES, value)
+    return _table(
+        "Training reward, mean of the last quarter of the updates, engine in fp32",
+        PAPER,
+        REGIMES,
+        lambda method, regime: spread(
+            o.late_reward for o in chosen(outcomes, method=method, regime=regime, precision="fp32")
+        ),
+    )
 
 
 def _precisions(outcomes: Sequence[Outcome]) -> list[str]:
-    columns = {f"{regime} {precision}": (regime, precision) for regime in ("n8", "async") for precision in PRECISIONS}
     if not any(o.cell.precision != "fp32" for o in outcomes):
         return []
-
-    def value(method: str, column: str) -> str:
-        regime, precision = columns[column]
-        return _final(chosen(outcomes, method=method, regime=regime, precision=precision))
-
-    return _table("Held-out avg@4 at the end, by the engine's precision", PAPER, list(columns), value)
+    columns = [f"{regime} {precision}" for regime in ("n8", "async") for precision in PRECISIONS]
+    return _final_table("Held-out avg@4 at the end, by the engine's precision", outcomes, PAPER, columns)
 
 
 def _remedies(outcomes: Sequence[Outcome]) -> list[str]:
     if not any(o.cell.method in REMEDIES for o in outcomes):
         return []
-    places = (("n8", "fp8"), ("async", "fp8"), ("n64", "fp32"), ("lag64", "fp32"))
-    columns = {f"{regime} {precision}": (regime, precision) for regime, precision in places}
+    columns = [f"{regime} {precision}" for regime, precision in REMEDIED]
+    rows = ("vespo", "respo", "topr", *REMEDIES)
+    return _final_table("Held-out avg@4 at the end: remedies", outcomes, rows, columns)
+
+
+def _final_table(title: str, outcomes: Sequence[Outcome], rows: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Methods against columns that name staleness and precision."""
 
     def value(method: str, column: str) -> str:
-        regime, precision = columns[column]
+        regime, precision = column.split()
         return _final(chosen(outcomes, method=method, regime=regime, precision=precision))
 
-    return _table("Held-out avg@4 at the end: remedies", ("vespo", "respo", *REMEDIES), list(columns), value)
+    return _table(title, rows, columns, value)
 
 
 def _breaking(outcomes: Sequence[Outcome]) -> list[str]:

@@ -5,37 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.staleness.cell import RESULT
 from benchmarks.staleness.grid import UPDATES, Cell
 
 AVERAGE = "avg@4"
-WINDOW = 16
-"""Updates over which training rewards are averaged, where a rollout batch has fewer."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     cell: Cell
-    steps: list[dict[str, Any]]
     evaluations: list[tuple[int, dict[str, float]]]
     """(updates made, result)."""
+    windows: list[dict[str, float]]
+    """Metrics averaged over some updates each; ``updates``: made by its end."""
     phi_by_length: list[dict[str, float]]
+    seconds: float
 
     @staticmethod
-    def read(root: Path, cell: Cell) -> Outcome:
-        folder = root / "cells" / cell.name
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Outcome(
-            cell,
-            [record for record in records if "eval" not in record],
-            [(record["version"], record["eval"]) for record in records if "eval" in record],
-            json.loads((folder / RESULT).read_text())["phi_by_length"],
-        )
+    def of(line: dict[str, Any]) -> Outcome:
+        """What a cell wrote (cell.py)."""
+        evaluations = [(updates, result) for updates, result in line["evaluations"]]
+        name, seconds = Cell.named(line["cell"]), line["seconds"]
+        return Outcome(name, evaluations, line["windows"], line["phi_by_length"], seconds)
 
     @property
     def start(self) -> float:
@@ -50,22 +44,15 @@ class Outcome:
     def best(self) -> float:
         return max(result[AVERAGE] for _, result in self.evaluations)
 
-    @cached_property
+    @property
     def rewards(self) -> list[tuple[int, float]]:
         """(updates made, mean training reward of the rollouts since the entry before)."""
-        found: list[tuple[int, float]] = []
-        pending: list[float] = []
-        for record in self.steps:
-            pending.append(record["reward"])
-            if record["version"] - (found[-1][0] if found else 0) >= WINDOW:
-                found.append((record["version"], mean(pending)))
-                pending = []
-        return found
+        return [(int(window["updates"]), window["reward"]) for window in self.windows]
 
     @property
     def late_reward(self) -> float:
         """Mean training reward of the last quarter of the updates."""
-        return mean(reward for version, reward in self.rewards if version > UPDATES * 3 // 4)
+        return mean(reward for updates, reward in self.rewards if updates > UPDATES * 3 // 4)
 
     @property
     def broken(self) -> bool:
@@ -76,19 +63,27 @@ class Outcome:
     def broke_at(self) -> int | None:
         """Updates made when its training reward fell below half of its best so far, for good; None: it did not."""
         best, at = 0.0, None
-        for version, reward in self.rewards:
+        for updates, reward in self.rewards:
             best = max(best, reward)
             if reward >= best / 2:
                 at = None
             elif at is None:
-                at = version
+                at = updates
         return at
 
     def before_and_after(self, name: str) -> tuple[float, float]:
-        """Means of a metric over the first and the last eighth of the records."""
-        values = [record[name] for record in self.steps if name in record]
+        """Means of a metric over the first and the last eighth of the updates."""
+        values = [window[name] for window in self.windows if name in window]
         part = max(1, len(values) // 8)
         return mean(values[:part]), mean(values[-part:])
+
+
+def read_outcomes(file: Path) -> dict[Cell, Outcome]:
+    """Of the cells that ``file`` has, a line each; {} where there is no such file."""
+    if not file.is_file():
+        return {}
+    found = [Outcome.of(json.loads(line)) for line in file.read_text().splitlines()]
+    return {outcome.cell: outcome for outcome in found}
 
 
 def spread(values: Iterable[float]) -> str:
