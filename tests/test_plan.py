@@ -17,7 +17,7 @@ from megatron_vespo.plan.calibrate import calibrate, fit_absolute, fit_squares, 
 from megatron_vespo.plan.loops import simulate
 from megatron_vespo.plan.rates import Rates, load_assumptions
 from megatron_vespo.plan.recommend import Candidate, Forecast, recommended, trainer_units
-from megatron_vespo.plan.setup import Plant, Schedule, engine_gpus, plant_of, replica_step, schedule_of
+from megatron_vespo.plan.setup import Plant, Schedule, plant_of, replica_step, schedule_of
 from megatron_vespo.plan.workload import StatedLengths, groups_of
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.store import batch_file, write_batch
@@ -172,7 +172,7 @@ def test_the_config_says_what_is_simulated() -> None:
     path = ROOT / "model_configs" / "qwen3_30b_a3b_vespo.yaml"
     config = load_config(path).run
     assert plant_of(config) == Plant(engines=16, engine_gpus=2, replicas=8, replica_gpus=4, in_flight=512)
-    assert (engine_gpus(config), replica_step(config)) == (2, 2)  # 8 experts' ranks are 2 replicas
+    assert replica_step(config) == 2  # 8 experts' ranks are 2 replicas
     assert schedule_of(config) == Schedule("synchronous", groups=256, size=8, longest=15360, mini_batches=8)
     settings = ["train.mode=asynchronous", "asynchronous.sync_every=4", "asynchronous.max_staleness=7"]
     settings += ["asynchronous.too_stale=drop", "asynchronous.max_open=600"]

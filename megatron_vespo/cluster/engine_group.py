@@ -23,10 +23,11 @@ from megatron_vespo import platform
 from megatron_vespo.cluster.process_log import redirect_output, tail
 from megatron_vespo.cluster.ray_cluster import ROLLOUT_NODE, ClusterError, spans_nodes
 from megatron_vespo.cluster.weight_sender import sync_folder
+from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.rollout import EngineError, EnginePool, HttpEngine, Patience, ServedWeights, launch_engine
 from megatron_vespo.rollout.health import wait_until_ready
-from megatron_vespo.rollout.launch import LOOPBACK, engine_ranks, flag_names
+from megatron_vespo.rollout.launch import LOOPBACK, flag_names
 from megatron_vespo.rollout.precision import is_block_fp8
 from megatron_vespo.weights.fp8 import quantise_stream
 from megatron_vespo.weights.load import stream_hf

@@ -30,7 +30,7 @@ from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable, stacked
 from megatron_vespo.weights.sync import SyncError, SyncReport
 
-if TYPE_CHECKING:  # megatron-core stays out of the driver
+if TYPE_CHECKING:
     from megatron_vespo.policy.device_memory import Held
 
 PLACEMENT_DEADLINE_S = 120

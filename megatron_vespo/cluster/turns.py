@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 
 from megatron_vespo.cluster.engine_group import EngineGroup, SharedSeat
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.rollout.launch import engine_ranks
 from megatron_vespo.rollout.pool import EnginePool
 from megatron_vespo.rollout.protocol import ALL_MEMORY
 

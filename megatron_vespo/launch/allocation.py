@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.load import ConfigError, ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.rollout.launch import engine_ranks
 
 
 def nodes_needed(config: RunConfig) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from megatron_vespo import platform
 from megatron_vespo.config.load import ConfigError, ResolvedConfig
 from megatron_vespo.launch.allocation import check_allocation
 
@@ -45,7 +46,7 @@ def examine(resolved: ResolvedConfig | None) -> list[Finding]:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("GPUs", lambda: _gpus(resolved)),
-        ("NCCL", _nccl),
+        ("collectives", _collectives),
         ("ports", _ports),
         ("/tmp", _temporary),
     ]
@@ -88,29 +89,23 @@ def _unmet(wanted: list[Requirement]) -> Iterator[str]:
 
 
 def _gpus(resolved: ResolvedConfig | None) -> str:
-    import torch
-
     given = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
-    seen = torch.cuda.device_count()
-    if seen == 0:
+    gpus = platform.current().accelerators()
+    if not gpus:
         if given and resolved is not None and resolved.run.rollout.engine == "sglang":
             raise Refusal(f"Slurm gave this node {given} GPUs and torch sees none: {_nvidia('name') or 'no driver'}")
         return "none; the run computes on CPUs"
-    if resolved is not None and seen < resolved.run.cluster.ranks_per_node:
+    if resolved is not None and len(gpus) < resolved.run.cluster.ranks_per_node:
         origin = resolved.provenance.get("cluster.ranks_per_node", "default")
         raise Refusal(
-            f"{origin}: cluster.ranks_per_node = {resolved.run.cluster.ranks_per_node}, and torch sees {seen} GPUs "
-            "here; submit with more --gpus-per-node, or lower it"
+            f"{origin}: cluster.ranks_per_node = {resolved.run.cluster.ranks_per_node}, and torch sees {len(gpus)} "
+            "GPUs here; submit with more --gpus-per-node, or lower it"
         )
-    busy = [
-        f"GPU {i} has {(total - free) / GIB:.0f} GiB in use"
-        for i in range(seen)
-        for free, total in [torch.cuda.mem_get_info(i)]
-        if total - free > USED_BYTES
-    ]
+    used = {i: gpu.total_bytes - gpu.free_bytes for i, gpu in enumerate(gpus)}
+    busy = [f"GPU {i} has {size / GIB:.0f} GiB in use" for i, size in used.items() if size > USED_BYTES]
     if busy:
         raise Refusal(f"{', '.join(busy)}: a process of an earlier job; take another node (--exclude={_host()})")
-    return f"{seen} x {torch.cuda.get_device_name(0)}, driver {_nvidia('driver_version')}"
+    return f"{len(gpus)} x {gpus[0].name}, driver {_nvidia('driver_version')}"
 
 
 def _nvidia(field: str) -> str:
@@ -120,22 +115,11 @@ def _nvidia(field: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
 
 
-def _nccl() -> str:
-    import torch
-    import torch.distributed as dist
-
-    if not torch.cuda.is_available():
-        return "not used on CPUs"
-    store = dist.HashStore()
+def _collectives() -> str:
     try:
-        dist.init_process_group("nccl", store=store, rank=0, world_size=1)
-        ones = torch.ones(1, device="cuda")
-        dist.all_reduce(ones)
-        torch.cuda.synchronize()
-        dist.destroy_process_group()
+        return platform.current().try_collective() or "gloo, on CPUs"
     except RuntimeError as error:
         raise Refusal(f"a sum over one GPU failed: {error}; NCCL_DEBUG=INFO tells more") from None
-    return ".".join(str(part) for part in torch.cuda.nccl.version())
 
 
 def _ports() -> str:
@@ -167,9 +151,7 @@ def _host() -> str:
 
 
 def _allocation(resolved: ResolvedConfig) -> str:
-    import torch
-
-    check_allocation(resolved, on_gpus=torch.cuda.is_available())
+    check_allocation(resolved, on_gpus=bool(platform.current().accelerators()))
     return f"{os.environ.get('SLURM_JOB_NUM_NODES', 'no')} nodes by Slurm"
 
 

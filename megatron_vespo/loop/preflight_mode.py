@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron_vespo import platform
+from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.rollout.launch import engine_ranks
 
 NEED_OLD_POLICY = ("trainer", "split", "tis", "icepop", "mis", "geometric")
 """Corrections of the engine's part of W, which is 1 where log pi_old is the engine's own."""

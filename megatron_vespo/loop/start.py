@@ -49,8 +49,6 @@ class Job:
     engines: EngineGroup | None = None
     """Launched beside the trainers of the first run, which they may share devices with; then they stay."""
     turns: Turns = field(default_factory=Apart)
-    runs: int = 0
-    """Begun in it."""
 
 
 @contextmanager
@@ -100,6 +98,7 @@ def open_run(job: Job) -> Iterator[Run]:
         trainers = TrainerGroup(config, directory / "logs")
         stack.callback(trainers.close)
         checkpoint = load_newest(config, trainers)
+        fresh = job.engines is None
         if job.engines is None:
             job.engines, job.turns = launch_engines(config, trainers, directory / "logs")
             job.stack.callback(job.engines.close)
@@ -141,8 +140,7 @@ def open_run(job: Job) -> Iterator[Run]:
             run.progress.message(f"resumed from step {run.step}: {rollback}")
         if config.sync.transport != "disk":
             engines.pool.refresh = lambda: run.engine_weights.refresh(run.version)
-        job.runs += 1
-        if checkpoint or config.rollout.urls or config.model.weights or job.runs > 1:
+        if checkpoint or config.rollout.urls or config.model.weights or not fresh:
             # Engines were launched from model.path; those that someone else started, or that a run before this one
             # has synced, may hold anything.
             run.sync_weights()

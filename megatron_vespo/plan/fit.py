@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.policy.architecture import check_layout, num_experts
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import ParameterCount, count_parameters, estimate_memory, kv_bytes_per_token
-from megatron_vespo.rollout.launch import engine_ranks
 
 GIB = 1 << 30
 USABLE = 0.85

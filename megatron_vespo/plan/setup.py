@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.plan.rates import Rates
 
@@ -72,18 +73,11 @@ def plant_of(config: RunConfig) -> Plant:
     replica = parallel.tensor * parallel.pipeline * parallel.context
     return Plant(
         engines=config.rollout.engine_count,
-        engine_gpus=engine_gpus(config),
+        engine_gpus=engine_ranks(config.rollout.engine_args),
         replicas=config.cluster.world_size // replica,
         replica_gpus=replica,
         in_flight=config.rollout.in_flight,
     )
-
-
-def engine_gpus(config: RunConfig) -> int:
-    """As its flags say (SGLang's names)."""
-    flags = {name.replace("_", "-").removeprefix("--"): value for name, value in config.rollout.engine_args.items()}
-    sizes = [flags.get(name, 1) for name in ("tp-size", "pp-size")]
-    return math.prod(int(size) for size in sizes)
 
 
 def replica_step(config: RunConfig) -> int:

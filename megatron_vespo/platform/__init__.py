@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from functools import cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -14,6 +14,14 @@ from megatron_vespo.platform.ipc import IpcHandle
 PlatformName = Literal["cpu", "cuda"]
 DistributedBackend = Literal["gloo", "nccl"]
 LayerSpecKind = Literal["local", "transformer_engine"]
+
+
+class Accelerator(NamedTuple):
+    """A GPU that this process sees."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
 
 
 class Platform(Protocol):
@@ -75,6 +83,13 @@ class Platform(Protocol):
 
     def reset_peak_memory(self) -> None:
         """Starts peak_memory_bytes anew (the resident set of a CPU process cannot be reset: a no-op there)."""
+
+    def accelerators(self) -> list[Accelerator]:
+        """All that this process sees; none on a CPU."""
+
+    def try_collective(self) -> str | None:
+        """A sum over one rank by the distributed backend, in a process that has no process group: its version; None
+        where it needs no trying. Raises RuntimeError with the backend's own words where it fails."""
 
     def synchronize(self) -> None:
         """Waits for the device, so that a clock read afterwards measures its work."""

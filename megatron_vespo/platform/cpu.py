@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from megatron_vespo.platform import DistributedBackend, LayerSpecKind, PlatformError, PlatformName
+from megatron_vespo.platform import Accelerator, DistributedBackend, LayerSpecKind, PlatformError, PlatformName
 from megatron_vespo.platform.ipc import IpcHandle
 
 
@@ -48,6 +48,12 @@ class CpuPlatform:
     def matmul_float32(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         # torch's CPU product of bfloat16 rounds its result to bfloat16; it has no out_dtype.
         return a.float() @ b.float()
+
+    def accelerators(self) -> list[Accelerator]:
+        return []
+
+    def try_collective(self) -> str | None:
+        return None
 
     def release_cached_memory(self) -> None:
         pass

@@ -6,8 +6,10 @@ import importlib.util
 import os
 
 import torch
+import torch.distributed as dist
 
 from megatron_vespo.platform import (
+    Accelerator,
     DistributedBackend,
     LayerSpecKind,
     PlatformError,
@@ -84,6 +86,17 @@ class CudaPlatform:
 
     def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats()
+
+    def accelerators(self) -> list[Accelerator]:
+        devices = range(torch.cuda.device_count())
+        return [Accelerator(torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)) for i in devices]
+
+    def try_collective(self) -> str | None:
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.all_reduce(torch.ones(1, device="cuda"))
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
+        return "NCCL " + ".".join(str(part) for part in torch.cuda.nccl.version())
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

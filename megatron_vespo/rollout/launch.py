@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from megatron_vespo.config.engine_flags import by_flag_name
 from megatron_vespo.platform.sglang_server import KEY_VARIABLE
 from megatron_vespo.rollout import sglang
 from megatron_vespo.rollout.client import HttpEngine
@@ -109,20 +109,11 @@ def launch_engine(
 
 def flag_names(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     """``engine_args`` by the command line's own names. Raises EngineError for a flag that is the run's to set."""
-    flags = {name.replace("_", "-").lstrip("-"): value for name, value in engine_args.items()}
+    flags = by_flag_name(engine_args)
     for name in OURS:
         if name in flags:
             raise EngineError(f"rollout.engine_args: {name} = {flags[name]!r} is set by the run itself; leave it out")
     return flags
-
-
-def engine_ranks(engine_args: Mapping[str, Any]) -> int:
-    """How many processes that compute SGLang's flags ask for; data parallelism of attention alone adds none."""
-    flags = flag_names(engine_args)
-    sizes = [flags.get(f"{name}-parallel-size", flags.get(f"{name[0]}p-size", 1)) for name in ("tensor", "pipeline")]
-    if not flags.get("enable-dp-attention"):
-        sizes.append(flags.get("data-parallel-size", flags.get("dp-size", 1)))
-    return math.prod(int(size) for size in sizes)
 
 
 def command_line(flags: Mapping[str, Any]) -> list[str]:
