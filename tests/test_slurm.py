@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from slurm.cluster import SlurmCluster, missing
 from slurm.tiny_job import ROOT, TinyJob
-from tiny_run import wait_until
+from tiny_run import records, wait_until
+
+from megatron_vespo.cli import main
 
 pytestmark = [
     pytest.mark.slurm,
@@ -48,6 +51,29 @@ def test_trainers_and_engines_take_their_nodes_and_nothing_is_left(cluster: Slur
     wait_until(lambda: not cluster.job_processes(), 60, "every process of the job to end")
     logs = sorted(path.name for path in (job.run / "logs").glob("job-*/*.log"))
     assert logs == ["await.log", "doctor.log", "driver.log", "ray-0.log", "ray-1.log"]
+
+
+def test_a_grid_runs_as_an_array_and_is_reported_side_by_side(cluster: SlurmCluster, folder: Path) -> None:
+    grid = folder.parent / "grid.yaml"
+    grid.write_text("- {objective.name: [vespo, gspo]}\n")
+    job = TinyJob(cluster, folder, 1, launch_flags=["--grid", str(grid)])
+    for task in ("_0", "_1"):
+        assert job.ended(part=task)["JobState"] == "COMPLETED", job.said()
+    runs = [job.run / "name=vespo", job.run / "name=gspo"]
+    assert all([record["step"] for record in records(run) if "loss" in record] == [1, 2, 3] for run in runs)
+    assert main(["report", *map(str, runs), "--out", str(folder)]) == 0
+    with (folder / "runs.csv").open() as file:
+        assert [row["objective"] for row in csv.DictReader(file)] == ["vespo", "gspo"]
+
+
+def test_trainers_and_engines_as_two_parts_of_a_job(cluster: SlurmCluster, folder: Path) -> None:
+    apart = {"nodes": 1, "rollout_nodes": 1, "ranks_per_node": 1}
+    job = TinyJob(cluster, folder, 2, launch_flags=["--heterogeneous"], cluster=apart)
+    assert job.ended(part="+0")["JobState"] == "COMPLETED", job.said()
+    assert job.steps() == [1, 2, 3]
+    nodes = {cluster.job(job.number + part)["NodeList"] for part in ("+0", "+1")}
+    assert len(nodes) == 2, "both parts on one node"
+    assert len(list(job.run.glob("logs/job-*/ray-*.log"))) == 2
 
 
 def test_a_job_with_too_few_nodes_is_refused_before_ray_starts(cluster: SlurmCluster, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 class TinyJob:
-    """One job of ``launcher`` on ``nodes`` nodes, everything of it under ``folder``."""
+    """One job of ``launcher`` on ``nodes`` nodes, everything of it under ``folder``; or, where there are
+    ``launch_flags``, of the script that ``megatron-vespo launch`` prints with them."""
 
     def __init__(
         self,
@@ -24,6 +27,7 @@ class TinyJob:
         nodes: int,
         *flags: str,
         launcher: str = "moe_30b_vespo.sh",
+        launch_flags: Sequence[str] = (),
         **sections: dict[str, Any],
     ) -> None:
         folder.mkdir()
@@ -35,11 +39,8 @@ class TinyJob:
         }
         self.config = make_run(folder, **(defaults | sections))
         self.log = folder / "job.log"
-        command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={self.log}", *flags]
-        settings = [f"launch/slurm/{launcher}", "train.mini_batches=2"]
+        command = ["sbatch", "--parsable", f"--output={self.log}", *flags]
         environment = {
-            "CONFIG": str(self.config),
-            "RUN_DIR": str(self.run),
             "PYTHON": sys.executable,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "OMP_NUM_THREADS": "1",
@@ -47,7 +48,18 @@ class TinyJob:
             "MAX_STARTS": "2",
             "GRACE_S": "15",
         }
-        self.number = slurm.ask(*command, *settings, cwd=ROOT, **environment).strip()
+        if launch_flags:
+            command.append(self._printed(launch_flags))
+        else:
+            command += [f"--nodes={nodes}", f"launch/slurm/{launcher}", "train.mini_batches=2"]
+            environment |= {"CONFIG": str(self.config), "RUN_DIR": str(self.run)}
+        self.number = slurm.ask(*command, cwd=ROOT, **environment).strip()
+
+    def _printed(self, launch_flags: Sequence[str]) -> str:
+        command = [sys.executable, "-m", "megatron_vespo", "launch", str(self.config), "--dry-run", *launch_flags]
+        script = self.folder / "job.sh"
+        script.write_text(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        return str(script)
 
     def steps(self) -> list[int]:
         return [record["step"] for record in records(self.run) if "loss" in record]
@@ -61,8 +73,9 @@ class TinyJob:
         config["train"]["steps"] = steps
         self.config.write_text(yaml.safe_dump(config))
 
-    def ended(self, timeout_s: float = 240) -> dict[str, str]:
-        return self.slurm.wait_for(self.number, ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), timeout_s)
+    def ended(self, timeout_s: float = 240, part: str = "") -> dict[str, str]:
+        """``part``: of an array ``_0``, of a heterogeneous job ``+0``."""
+        return self.slurm.wait_for(self.number + part, ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), timeout_s)
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else "nothing"
