@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_vespo.observe.records import Record, number
+from megatron_vespo.observe.records import Record, is_headline, is_score, number
 
 
 class RunProgress:
@@ -90,9 +90,10 @@ def step_line(record: Record, total_steps: int) -> str:
 
 def evaluation_line(record: Record) -> str:
     """``held-out at step 40: greedy 0.812 · avg@4 0.774 (200 problems)``."""
-    scores = dict(record["eval"])
-    problems = scores.pop("n", None)
-    shown = " · ".join(f"{name} {value:.3f}" for name, value in scores.items() if isinstance(value, int | float))
+    scores = record["eval"]
+    problems = scores.get("n")
+    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float) and is_score(name)}
+    shown = " · ".join(f"{name} {value:.3f}" for name, value in numbers.items())
     return f"held-out at step {record['step']}: {shown}" + (f" ({problems} problems)" if problems else "")
 
 
@@ -101,9 +102,9 @@ def accuracy_lines(records: Sequence[Record]) -> list[str]:
     evaluations = [record["eval"] for record in records if "eval" in record]
     if len(evaluations) < 2:
         return []
-    before, after = evaluations[0], evaluations[-1]
+    before, after = evaluations[0], evaluations[-1]  # on all sets, both of them
     return [
         f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after"
         for name in after
-        if name != "n" and name in before
+        if is_headline(name) and name in before
     ]
