@@ -24,7 +24,7 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
 PRESETS = {"aime24": 32, "aime25": 32, "amc23": 16, "math500": 4}
 """Evaluation sets that are reported with the same k everywhere: name -> k of avg@k."""
-OWN_SET = "held_out"
+OWN_SET = "data.evaluate"
 """What ``data.evaluate`` is called among the evaluation sets."""
 
 

@@ -117,8 +117,8 @@ def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """The part of it that answering evaluate.sets by engines alone needs; ``model.path`` holds config and weights."""
-    missing = _absent_model(config) + _absent_sets(config) + _absent_precision(config)
+    """The part of it that answering evaluate.sets without trainers needs, but the weights."""
+    missing = _absent_sets(config) + _absent_precision(config)
     if missing:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_vespo.observe.records import Record, is_headline, is_score, number
+
+TELL_EVERY_S = 30.0
 
 
 class RunProgress:
@@ -108,3 +111,38 @@ def accuracy_lines(records: Sequence[Record]) -> list[str]:
         for name in after
         if is_headline(name) and name in before
     ]
+
+
+class ResponseProgress:
+    """``with ResponseProgress(what, total) as progress: ... progress.add(n)``: a bar, or a line now and then."""
+
+    def __init__(self, what: str, total: int, console: Console) -> None:
+        self.what, self.total, self.console = what, total, console
+        self._count, self._told = 0, time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(escape(what), total=total)
+
+    def __enter__(self) -> ResponseProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, responses: int) -> None:
+        self._count += responses
+        self._bar.update(self._task, completed=self._count)
+        now = time.monotonic()
+        if not self.console.is_terminal and (self._count == self.total or now - self._told >= TELL_EVERY_S):
+            self._told = now
+            line = f"{self.what}: {self._count} of {self.total} responses"
+            self.console.print(escape(line), soft_wrap=True, highlight=False)
