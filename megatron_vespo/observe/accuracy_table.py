@@ -19,8 +19,8 @@ from megatron_vespo.observe.writer import finite
 COLUMNS = ("checkpoint", "set", "problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "truncated", "no answer")
 INTERVAL = re.compile(r" \[(.+), (.+)\]")
 NOTE = (
-    f"Beside each accuracy its interval of {CONFIDENCE:.0%} over problems. tokens: of a response, mean. truncated: share of the "
-    "responses that were cut at the length limit. no answer: share in which no boxed answer was found."
+    f"Beside each accuracy its interval of {CONFIDENCE:.0%} over problems. tokens: of a response, mean. truncated: "
+    "share of the responses that were cut at the length limit. no answer: share in which no boxed answer was found."
 )
 
 
@@ -58,10 +58,11 @@ class Row:
 def screen(rows: Sequence[Row]) -> Table:
     """For a terminal: intervals on a line of their own and in two digits, so that 80 columns are enough."""
     table = Table(*COLUMNS[:-1], box=SIMPLE, padding=(0, 1, 0, 0), caption=NOTE, caption_justify="left")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for column in table.columns[2:]:
-        column.justify, column.no_wrap = "right", True
-    for column in table.columns[:2]:
-        column.overflow = "fold"
+        column.justify = "right"
     for row in rows:
         table.add_row(*(escape(INTERVAL.sub(_second_line, cell)) for cell in row.cells()[:-1]))
     return table
