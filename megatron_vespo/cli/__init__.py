@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_vespo.cli import budget, compare, convert, doctor, launch, ledger, plan, report, train
+from megatron_vespo.cli import budget, compare, convert, doctor, eval, launch, ledger, plan, report, train
 from megatron_vespo.config.load import ConfigError
 
-COMMANDS = (train, launch, plan, doctor, report, ledger, compare, budget, convert)
+COMMANDS = (train, eval, launch, plan, doctor, report, ledger, compare, budget, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     # Quiet libraries that would look for a hub, a telemetry server or a terminal.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; every process of the run has been ended", file=sys.stderr)
         return 130
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand anywhere: argparse alone takes those that come after an option for unknown words."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    words = getattr(options, "words", getattr(options, "overrides", None))
+    unknown = [word for word in rest if words is None or word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if words is not None:
+        words += rest
+    return options
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

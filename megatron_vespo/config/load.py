@@ -8,7 +8,7 @@ and line (or the argument), the field, the value and the mend.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -44,7 +44,15 @@ class ResolvedConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
     """Read ``path``, apply ``key=value`` overrides, validate. Raises :class:`ConfigError`."""
     provenance: Provenance = {}
-    values = _read_layers(Path(path), provenance, seen=())
+    return _resolved(_read_layers(Path(path), provenance, seen=()), overrides, provenance)
+
+
+def default_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """As :func:`load_config` without a file: ``values``, which the caller answers for, and ``overrides``."""
+    return _resolved(dict(values), overrides, {})
+
+
+def _resolved(values: dict[str, Any], overrides: Sequence[str], provenance: Provenance) -> ResolvedConfig:
     for argument in overrides:
         _apply_override(values, argument, provenance)
     return ResolvedConfig(_validate(values, provenance), provenance)

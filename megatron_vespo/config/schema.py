@@ -9,10 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
+PRESETS = {"aime24": 32, "aime25": 32, "amc23": 16, "math500": 4}
+"""Evaluation sets that are reported with the same k everywhere: name -> k of avg@k."""
+OWN_SET = "data.evaluate"
+"""What ``data.evaluate`` is called among the evaluation sets."""
 
 
 class Section(BaseModel):
@@ -239,17 +252,63 @@ class ConstantLagConfig(Section):
     """k: the batch of update t was sampled by the weights of version t - k; the first k by those of version 0."""
 
 
+class EvaluationSet(Section):
+    """One entry of ``evaluate.sets``. A preset or a path is needed; what is left out is the preset's, else the
+    section's."""
+
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
+    """In metrics (eval/<name>/avg@k) and file names; None: the preset's, else the file's without its ending."""
+    preset: Literal["aime24", "aime25", "amc23", "math500"] | None = None
+    """Gives k (32, 32, 16, 4), and the file's name where path gives none."""
+    path: Path | None = None
+    """JSONL of problems, read as section data says; None: <evaluate.folder>/<preset>.jsonl."""
+    samples_per_prompt: PositiveInt | None = None
+    """k."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature; 0: greedy."""
+    top_p: Probability | None = None
+    """Nucleus sampling."""
+    max_response_tokens: PositiveInt | None = None
+    """A response is cut there; None: rollout.max_response_tokens."""
+    every: NonNegativeInt | None = None
+    """Steps of a run between evaluations on this set; 0: only before and after; None: evaluate.every."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.preset or (self.path.stem if self.path else "")
+
+    @model_validator(mode="after")
+    def _has_problems(self) -> EvaluationSet:
+        if self.preset is None and self.path is None:
+            raise ValueError("an evaluation set needs a path (JSONL of problems) or a preset")
+        return self
+
+
 class EvaluateConfig(Section):
     every: NonNegativeInt = 0
     """Steps between evaluations; 0: only before and after."""
     samples_per_prompt: PositiveInt = 4
     """k of avg@k."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of avg@k (greedy is reported beside it)."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature of avg@k (on data.evaluate greedy is reported beside it)."""
     top_p: Probability = 1.0
     """Nucleus sampling of avg@k."""
     max_prompts: PositiveInt | None = None
-    """Only the first so many held-out problems; None: all."""
+    """Only the first so many problems of each set; None: all."""
+    sets: tuple[EvaluationSet, ...] = ()
+    """Further sets of held-out problems beside data.evaluate, each with a sampling of its own (docs/evaluation.md)."""
+    folder: Path = Path("data")
+    """Where the files of presets are looked for that are given no path."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateConfig:
+        names = [entry.label for entry in self.sets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two evaluation sets are called {name!r}; give them a name each")
+            if name == OWN_SET:
+                raise ValueError(f"{OWN_SET!r} is what data.evaluate is called; give the set another name")
+        return self
 
 
 class CheckpointConfig(Section):

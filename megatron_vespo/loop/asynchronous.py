@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vespo.loop.evaluate import evaluate
+from megatron_vespo.loop.evaluate import evaluate, evaluation_due
 from megatron_vespo.loop.record import record_step
 from megatron_vespo.loop.rollouts import Rollouts
 from megatron_vespo.loop.run import Run
@@ -36,7 +36,7 @@ def train(run: Run) -> None:
             run.step += 1
 
             record_step(run, trained, rollouts.metrics())
-            if run.due(config.evaluate.every) and run.step < config.train.steps:
+            if evaluation_due(run):
                 sync(run)
                 evaluate(run)
             if run.checkpoint_due:

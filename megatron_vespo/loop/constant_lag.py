@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 from megatron_vespo.loop.collect import collect
-from megatron_vespo.loop.evaluate import evaluate
+from megatron_vespo.loop.evaluate import evaluate, evaluation_due
 from megatron_vespo.loop.record import record_step
 from megatron_vespo.loop.run import Run
 from megatron_vespo.samples.records import Sample
@@ -38,7 +38,7 @@ def train(run: Run) -> None:
         with run.phase("sync"):
             run.sync_weights()
         record_step(run, samples)
-        if run.due(config.evaluate.every) and run.step < config.train.steps:
+        if evaluation_due(run):
             evaluate(run)
         if run.checkpoint_due:
             run.store_batches(ahead)

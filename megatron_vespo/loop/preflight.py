@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
+from megatron_vespo.config.evaluation import held_out_sets
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.preflight_mode import check_mode
@@ -115,6 +116,17 @@ def check_policy(config: RunConfig) -> tuple[Any, ParallelLayout]:
     return hf_config, _check_layout(config, hf_config)
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """The part of it that answering evaluate.sets without trainers needs, but the weights."""
+    missing = _absent_sets(config) + _absent_precision(config)
+    if missing:
+        raise ConfigError("\n".join(missing))
+    hf_config = _model_config(config)
+    for each in held_out_sets(config):
+        _check_positions(config, hf_config, f"max_response_tokens of {each.name}", each.max_response_tokens)
+    _check_engines(config)
+
+
 def _check_weights(config: RunConfig, hf_config: Any) -> None:
     if config.model.weights is not None and (config.model.weights / ".metadata").is_file():
         try:
@@ -150,10 +162,19 @@ def _absent_model(config: RunConfig) -> list[str]:
 
 def _absent_data(config: RunConfig) -> list[str]:
     files = (("data.train", config.data.train), ("data.evaluate", config.data.evaluate))
-    return [
+    missing = [
         f"{name} = {path}: no such file; give a JSONL file of problems"
         for name, path in files
         if path is not None and not path.is_file()
+    ]
+    return missing + _absent_sets(config)
+
+
+def _absent_sets(config: RunConfig) -> list[str]:
+    return [
+        f"evaluate.sets, {each.name}: {each.path}: no such file; give the set the path of a JSONL file of problems"
+        for each in held_out_sets(config)
+        if not each.path.is_file()
     ]
 
 
@@ -221,13 +242,9 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
             f"train.mini_batches = {train.mini_batches} does not divide train.prompts_per_step = "
             f"{train.prompts_per_step}; a mini-batch holds whole prompt groups"
         )
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    limit = getattr(hf_config, "max_position_embeddings", longest)
-    if longest > limit:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model has {limit} positions; "
-            "lower one of them"
-        )
+    _check_positions(config, hf_config, "rollout.max_response_tokens", rollout.max_response_tokens)
+    for each in held_out_sets(config):
+        _check_positions(config, hf_config, f"max_response_tokens of {each.name}", each.max_response_tokens)
     if config.reward.overlong_buffer > rollout.max_response_tokens:
         raise ConfigError(
             f"reward.overlong_buffer = {config.reward.overlong_buffer} is more than rollout.max_response_tokens = "
@@ -235,6 +252,15 @@ def _check_counts(config: RunConfig, hf_config: Any) -> None:
         )
     if rollout.samples_per_prompt == 1 and config.objective.advantage.startswith("group"):
         raise ConfigError("rollout.samples_per_prompt = 1: in a group of one every advantage is 0; sample at least 2")
+
+
+def _check_positions(config: RunConfig, hf_config: Any, field: str, response_tokens: int) -> None:
+    longest = config.data.max_prompt_tokens + response_tokens
+    limit = getattr(hf_config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens + {field} = {longest}, but the model has {limit} positions; lower one of them"
+        )
 
 
 def _is_loopback(host: str) -> bool:

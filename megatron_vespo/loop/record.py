@@ -11,6 +11,7 @@ import numpy as np
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.mismatch import mismatch_metrics
+from megatron_vespo.observe.problems import Problem, write_problems
 from megatron_vespo.observe.timing import Span, seconds_by_phase, timeline
 from megatron_vespo.observe.weight_health import health_metrics
 from megatron_vespo.samples.records import Sample
@@ -55,11 +56,23 @@ def record_step(run: Run, samples: Sequence[Sample], extra: Mapping[str, float] 
     run.progress.step(record)
 
 
-def record_evaluation(run: Run, result: dict[str, float]) -> None:
-    # Taking the times keeps the evaluation's out of the next step's.
-    record = {"step": run.step, "version": run.version, "time": time.time(), "eval": result, **_take_times(run)}
+def record_evaluation(run: Run, result: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> None:
+    """``intervals``: of some of the result's scores, by their names."""
+    record = {
+        "step": run.step,
+        "version": run.version,
+        "time": time.time(),
+        "eval": result,
+        "intervals": intervals,
+        **_take_times(run),  # taking them keeps the evaluation's out of the next step's
+    }
     run.writer.write(record)
     run.progress.evaluation(record)
+
+
+def record_problems(run: Run, name: str, problems: Sequence[Problem]) -> None:
+    """``evaluations/<set>/step_000100.jsonl``, a line a problem."""
+    write_problems(run.config.directory / "evaluations" / name / f"step_{run.step:06d}.jsonl", problems)
 
 
 def _take_times(run: Run) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.turns import Apart, Turns
+from megatron_vespo.config.evaluation import HeldOut
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.saves import Saves
 from megatron_vespo.loop.stop import StoppedEarly, stop_file
@@ -66,6 +67,8 @@ class Run:
     routing: RoutingShape | None = None
     """The model's, where the trainer replays the engine's."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    sets: list[tuple[HeldOut, list[Prompt]]] = field(default_factory=list)
+    """evaluate.sets, each with its problems; ``held_out`` are those of data.evaluate."""
     step: int = 0
     version: int = 0
     metrics: MetricSums = field(default_factory=MetricSums)

@@ -15,6 +15,7 @@ from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.turns import Apart, Turns, launch_engines
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
+from megatron_vespo.config.evaluation import HeldOut, held_out_sets
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.resume import load_newest, recipe
@@ -42,6 +43,8 @@ class Job:
     prompts: PromptStream
     """As the last run left it."""
     held_out: list[Prompt]
+    sets: list[tuple[HeldOut, list[Prompt]]]
+    """evaluate.sets."""
     tokenizer: Any
     play: Callable[[Episode], None] | None
     stack: ExitStack
@@ -64,6 +67,8 @@ def open_job(resolved: ResolvedConfig) -> Iterator[Job]:
     reward = build_reward(config.reward.name)
     play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
     held_out = read_prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
+    most = config.evaluate.max_prompts
+    sets = [(each, read_prompts(config, each.path, tokenizer)[:most]) for each in held_out_sets(config)]
     directory.mkdir(parents=True, exist_ok=True)
 
     with ExitStack() as stack:
@@ -78,7 +83,8 @@ def open_job(resolved: ResolvedConfig) -> Iterator[Job]:
             ledger=ledger,
             rewards=rewards,
             prompts=prompts,
-            held_out=held_out[: config.evaluate.max_prompts],
+            held_out=held_out[:most],
+            sets=sets,
             tokenizer=tokenizer,
             play=play,
             stack=stack,
@@ -126,6 +132,7 @@ def open_run(job: Job) -> Iterator[Run]:
             rewards=job.rewards,
             prompts=prompts,
             held_out=job.held_out,
+            sets=job.sets,
             tokenizer=job.tokenizer,
             play=job.play,
             turns=turns,

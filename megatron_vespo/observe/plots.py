@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from megatron_vespo.observe.canvas import INK, SERIES, add_legend, new_figure, styled, to_svg
-from megatron_vespo.observe.records import Record, number
+from megatron_vespo.observe.records import Record, is_headline, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def _scores(evaluations: Sequence[Record]) -> dict[str, list[tuple[int, float]]]
     scores: dict[str, list[tuple[int, float]]] = {}
     for record in evaluations:
         for name, value in record["eval"].items():
-            if name != "n" and isinstance(value, int | float):
+            if is_headline(name) and isinstance(value, int | float):
                 scores.setdefault(name, []).append((record["step"], value))
     return scores
 

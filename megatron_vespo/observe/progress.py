@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_vespo.observe.records import Record, number
+from megatron_vespo.observe.records import Record, is_headline, is_score, number
+
+TELL_EVERY_S = 30.0
 
 
 class RunProgress:
@@ -90,9 +93,10 @@ def step_line(record: Record, total_steps: int) -> str:
 
 def evaluation_line(record: Record) -> str:
     """``held-out at step 40: greedy 0.812 · avg@4 0.774 (200 problems)``."""
-    scores = dict(record["eval"])
-    problems = scores.pop("n", None)
-    shown = " · ".join(f"{name} {value:.3f}" for name, value in scores.items() if isinstance(value, int | float))
+    scores = record["eval"]
+    problems = scores.get("n")
+    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float) and is_score(name)}
+    shown = " · ".join(f"{name} {value:.3f}" for name, value in numbers.items())
     return f"held-out at step {record['step']}: {shown}" + (f" ({problems} problems)" if problems else "")
 
 
@@ -101,9 +105,44 @@ def accuracy_lines(records: Sequence[Record]) -> list[str]:
     evaluations = [record["eval"] for record in records if "eval" in record]
     if len(evaluations) < 2:
         return []
-    before, after = evaluations[0], evaluations[-1]
+    before, after = evaluations[0], evaluations[-1]  # on all sets, both of them
     return [
         f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after"
         for name in after
-        if name != "n" and name in before
+        if is_headline(name) and name in before
     ]
+
+
+class ResponseProgress:
+    """``with ResponseProgress(what, total) as progress: ... progress.add(n)``: a bar, or a line now and then."""
+
+    def __init__(self, what: str, total: int, console: Console) -> None:
+        self.what, self.total, self.console = what, total, console
+        self._count, self._told = 0, time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(escape(what), total=total)
+
+    def __enter__(self) -> ResponseProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, responses: int) -> None:
+        self._count += responses
+        self._bar.update(self._task, completed=self._count)
+        now = time.monotonic()
+        if not self.console.is_terminal and (self._count == self.total or now - self._told >= TELL_EVERY_S):
+            self._told = now
+            line = f"{self.what}: {self._count} of {self.total} responses"
+            self.console.print(escape(line), soft_wrap=True, highlight=False)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_vespo.observe import markup, plots, utilisation
-from megatron_vespo.observe.records import Record, number, read_records
+from megatron_vespo.observe.records import Record, is_headline, is_score, number, read_records, set_of
 
 SAMPLES_SHOWN = 4
 """Of the first and of the last step that has samples."""
@@ -93,7 +93,7 @@ def render(
         _header(run_name, config, steps),
         _tiles(steps, evaluations),
         markup.section("Learning", markup.grid(panels(plots.LEARNING))),
-        markup.section("Held-out accuracy", _evaluation_table(evaluations)),
+        markup.section("Held-out accuracy", _evaluation_tables(evaluations)),
         markup.section("Off-policy health", markup.grid(off_policy)),
         markup.section(_mismatch_title(config), markup.grid(panels(plots.MISMATCH)) + mismatch),
         markup.section("Sequence weights", markup.grid(panels(plots.WEIGHTS))),
@@ -167,7 +167,7 @@ LAYOUT = (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "E
 
 def _tiles(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     tiles = []
-    for name in _score_names(evaluations):
+    for name in filter(is_headline, _score_names(evaluations)):
         scores = [record["eval"][name] for record in evaluations if markup.is_number(record["eval"].get(name))]
         if len(scores) > 1:
             change = scores[-1] - scores[0]
@@ -193,21 +193,36 @@ def _tiles(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _evaluation_table(evaluations: Sequence[Record]) -> str:
-    if not evaluations:
-        return ""
+def _evaluation_tables(evaluations: Sequence[Record]) -> str:
+    """One for data.evaluate, and one a set of evaluate.sets."""
     names = _score_names(evaluations)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    sets = dict.fromkeys(set_of(name) for name in names)
+    return "".join(_evaluation_table(evaluations, each, [n for n in names if set_of(n) == each]) for each in sets)
+
+
+def _evaluation_table(evaluations: Sequence[Record], held_out: str, names: Sequence[str]) -> str:
+    prefix = f"{held_out}/" if held_out else ""
+    head = "".join(f"<th>{escape(name.removeprefix(prefix))}</th>" for name in names)
     rows = []
     for record in evaluations:
         scores = record["eval"]
-        cells = "".join(f"<td>{markup.cell(scores.get(name), '.3f')}</td>" for name in names)
-        when = "before training" if record["step"] == 0 else f"step {record['step']}"
-        rows.append(f"<tr><th>{when}</th>{cells}<td>{markup.cell(scores.get('n'), '.0f')}</td></tr>")
+        if any(name in scores for name in names):
+            cells = "".join(f"<td>{_score(record, name)}</td>" for name in names)
+            when = "before training" if record["step"] == 0 else f"step {record['step']}"
+            rows.append(f"<tr><th>{when}</th>{cells}<td>{markup.cell(scores.get(f'{prefix}n'), '.0f')}</td></tr>")
     return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}<th>problems</th></tr></thead>'
+        f'<div class="scroll"><table><thead><tr><th>{escape(held_out)}</th>{head}<th>problems</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _score(record: Record, name: str) -> str:
+    """With its interval, where the record has one."""
+    shown = markup.cell(record["eval"].get(name), ".3f")
+    low, high = (record.get("intervals") or {}).get(name) or (None, None)
+    if markup.is_number(low) and markup.is_number(high):
+        shown += f' <span class="hint">{low:.3f} to {high:.3f}</span>'
+    return shown
 
 
 def _samples(samples: dict[int, list[dict[str, Any]]]) -> str:
@@ -242,7 +257,7 @@ def _text(text: Any) -> str:
 
 
 def _score_names(evaluations: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in evaluations for name in record["eval"] if name != "n"))
+    return list(dict.fromkeys(name for record in evaluations for name in record["eval"] if is_score(name)))
 
 
 def _numbers(steps: Sequence[Record], key: str) -> list[float]:
