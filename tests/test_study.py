@@ -85,6 +85,25 @@ def test_a_method_that_sinks_for_good_has_broken_where_it_began_to_sink() -> Non
     assert results.spread([0.5, 0.7]) == "0.60 ± 0.14" and results.spread([0.5]) == "0.50"
 
 
+def test_a_difference_counts_only_where_enough_pairs_agree() -> None:
+    assert results.difference([0.1, 0.12, 0.11, 0.09]) == "**+0.10 ± 0.01 (4)**"
+    assert results.difference([0.1, 0.12, 0.11]) == "+0.11 ± 0.01 (3)"
+    assert results.difference([0.3, -0.2, 0.1, -0.12]) == "+0.02 ± 0.11 (4)"
+    assert results.difference([-0.25]) == "-0.25 (1)" and results.difference([]) == "·"
+
+
+def test_methods_are_compared_with_vespo_cell_by_cell(tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 2, 3, 4):
+        for method, ahead in (("vespo", 0.0), ("topr", 0.1 + 0.01 * (seed % 2))):
+            made = line(seed, [0.4] * 16, [0.3, *[0.1 * seed + ahead] * 4])
+            found.append(results.Outcome.of(made | {"cell": f"{method}-n64-fp32-s{seed}"}))
+    write_page(tmp_path / "study.md", "small", found[:-1], left=0)
+    assert "| topr | +0.11 ± 0.00 (3) |" in (tmp_path / "study.md").read_text()
+    write_page(tmp_path / "study.md", "small", found, left=0)
+    assert "| topr | **+0.11 ± 0.00 (4)** |" in (tmp_path / "study.md").read_text()
+
+
 def test_the_page_keeps_what_a_person_wrote_and_marks_what_broke(tmp_path: Path) -> None:
     page, file = tmp_path / "docs" / "study.md", tmp_path / "cells.jsonl"
     page.parent.mkdir()
