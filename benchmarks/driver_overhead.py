@@ -38,7 +38,7 @@ from megatron_vespo.loop.run import Run
 from megatron_vespo.loop.synchronous import train
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.rewards.worker import Scored
+from megatron_vespo.rewards.grader import Scored
 from megatron_vespo.rollout import EnginePool, GenerateRequest, Generation
 from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
@@ -81,7 +81,7 @@ class InstantTrainers:
 
 
 class InstantRewards:
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
+    def score(self, pairs: Sequence[tuple[str, str]], named: Sequence[str]) -> list[Scored]:
         return [Scored(float(i % 3 == 0)) for i in range(len(pairs))]
 
 

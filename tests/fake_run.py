@@ -21,7 +21,7 @@ from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.rewards.worker import Scored
+from megatron_vespo.rewards.grader import Scored
 from megatron_vespo.rollout import EnginePool, GenerateRequest, Generation
 from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
@@ -117,7 +117,7 @@ class FakeRewards:
         self.error: Exception | None = None
         self.threads: set[str] = set()
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
+    def score(self, pairs: Sequence[tuple[str, str]], named: Sequence[str]) -> list[Scored]:
         self.threads.add(threading.current_thread().name)
         if self.error is not None:
             raise self.error

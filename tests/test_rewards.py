@@ -166,7 +166,7 @@ def test_build_reward_names_what_is_wrong() -> None:
     assert build_reward("math") is grade
     assert build_reward("os.path.join") is os.path.join
     for name, message in [
-        ("maths", "neither one of math nor a dotted path"),
+        ("maths", "neither one of code, exact, format, math, numeric nor a dotted path"),
         ("no_such_module.f", "'no_such_module' cannot be imported"),
         ("os.no_such_function", "no 'no_such_function'"),
         ("os.sep", "not a function"),

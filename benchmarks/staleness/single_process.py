@@ -25,7 +25,6 @@ from transformers import AutoTokenizer
 
 from megatron_vespo import platform
 from megatron_vespo.cluster.turns import Apart
-from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.run import Run
@@ -34,6 +33,7 @@ from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.trainer import PolicyTrainer
+from megatron_vespo.rewards.grader import build_grader
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout import EnginePool
 from megatron_vespo.rollout.precision import precision_flags
@@ -208,7 +208,7 @@ def open_in_process(resolved: ResolvedConfig) -> Iterator[Run]:
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger(directory, anew=True))
         (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
-        rewards = RewardWorkers(import_function("reward.name", config.reward.name), 1, config.reward.timeout_s)
+        rewards = RewardWorkers(build_grader(config.reward), 1, config.reward.timeout_s)
         stack.callback(rewards.close)
         engine = LocalEngine(config)
         pool = EnginePool([engine])

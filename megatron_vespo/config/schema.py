@@ -6,6 +6,7 @@ here; what needs the checkpoint's own shape is checked in config/checks.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,13 +190,43 @@ class DataConfig(Section):
     """How a problem becomes a prompt: chat (the tokenizer's chat template), none, or a text with {problem} in it."""
     suffix: str = ""
     """Appended to the problem before templating, such as the instruction to box the answer."""
+    reward_field: str | None = None
+    """Name of a field in which a row names one of reward.parts, by its label; that part is the row's grade. A row
+    without it has reward.grade's. None: rows name none."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are left out, and counted."""
 
 
+class RewardPart(Section):
+    """One entry of ``reward.parts``."""
+
+    name: str
+    """As reward.name."""
+    label: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """What it is called in metrics (reward/<label>), in reward.grade and in rows; None: the last part of its name."""
+    weight: float = 1.0
+    """Its factor in the reward; below 0: a penalty."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """As reward.params."""
+    rows: Literal["all", "named"] = "all"
+    """named: it applies only to rows that name it (data.reward_field), and, where it is the grade, to those that name
+    none."""
+
+    @property
+    def called(self) -> str:
+        return self.label or re.split(r"[.:]", self.name)[-1]
+
+
 class RewardConfig(Section):
     name: str = "math"
-    """math (math-verify), or a dotted path to a function (response, answer) -> float."""
+    """math (math-verify), exact, numeric, format, code, or a dotted path to a function (response, answer, **params) ->
+    float (docs/rewards.md)."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of that function, by name."""
+    parts: tuple[RewardPart, ...] = ()
+    """Several rewards, added with their weights, in place of name and params."""
+    grade: str | None = None
+    """Label of the part that accuracy is counted by, unweighted; None: the first."""
     workers: PositiveInt = 2
     """Grading processes."""
     timeout_s: PositiveFloat = 30
@@ -204,6 +235,18 @@ class RewardConfig(Section):
     """Last tokens before rollout.max_response_tokens over which a penalty grows from 0 to the whole; 0: no penalty."""
     overlong_penalty: NonNegativeFloat = 1.0
     """The whole penalty: what a response at the limit loses of its reward (DAPO's soft overlong punishment)."""
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> RewardConfig:
+        labels = [part.called for part in self.parts]
+        if self.parts and {"name", "params"} & self.model_fields_set:
+            raise ValueError("reward.parts stands in place of reward.name and reward.params; leave those out")
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two of reward.parts are called {label!r}; give them a label each")
+        if self.grade is not None and self.grade not in labels:
+            raise ValueError(f"reward.grade = {self.grade!r} is none of reward.parts ({', '.join(labels) or 'none'})")
+        return self
 
 
 class TrainConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_vespo.observe.accuracy import Answered
-from megatron_vespo.rewards.math import last_boxed, undollar
+from megatron_vespo.rewards.extract import last_boxed, undollar
 from megatron_vespo.samples.records import Sample
 
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle|,|;|:|!|quad|qquad|\s)|~|\s+")

@@ -28,7 +28,7 @@ from megatron_vespo.observe.accuracy import summarise
 from megatron_vespo.observe.accuracy_table import Row, write_table
 from megatron_vespo.observe.problems import write_problems
 from megatron_vespo.observe.progress import ResponseProgress
-from megatron_vespo.rewards import build_reward
+from megatron_vespo.rewards.grader import build_grader, check_rewards
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout import EnginePool
 from megatron_vespo.rollout.episodes import Episode, submit_episodes
@@ -74,14 +74,17 @@ def evaluate_checkpoints(subjects: Sequence[Subject], config: RunConfig, console
     """
     out = config.directory
     examinations = [_examination(subject, config, out) for subject in subjects]
-    reward = build_reward(config.reward.name)
+    grader = build_grader(config.reward)
+    grader.check_named({prompt.reward for e in examinations for t in e.tasks for prompt in t.responses.prompts})
+    for notice in check_rewards(config.reward):
+        console.print(notice, soft_wrap=True, highlight=False)
     play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
     rows: list[Row] = []
     with _alone_in(out):
         if any(task.missing for examination in examinations for task in examination.tasks):
             with (
                 ray_cluster(config),
-                RewardWorkers(reward, config.reward.workers, config.reward.timeout_s) as rewards,
+                RewardWorkers(grader, config.reward.workers, config.reward.timeout_s) as rewards,
             ):
                 for examination in examinations:
                     if any(task.missing for task in examination.tasks):
@@ -228,9 +231,12 @@ def _answer(task: Task, config: RunConfig, ask: Ask, rewards: RewardWorkers, pro
         while not done.empty() and len(ready) < MOST_GRADED:
             ready.append(done.get())
         graded = [(index, sample) for index, group in ready for sample in group.samples()]
-        scores = rewards.score([(sample.text, sample.prompt.answer) for _, sample in graded])
+        scores = rewards.score(
+            [(sample.text, sample.prompt.answer) for _, sample in graded],
+            named=[sample.prompt.reward for _, sample in graded],
+        )
         for (_, sample), score in zip(graded, scores, strict=True):
-            sample.grade = score.reward
+            sample.grade = score.grade
             if score.error:
                 sample.metadata["reward_error"] = score.error
         task.responses.add(graded)

@@ -19,6 +19,7 @@ from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, 
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.objective import objective_of
+from megatron_vespo.rewards.grader import build_grader, check_rewards
 from megatron_vespo.rollout import HttpEngine
 from megatron_vespo.rollout.launch import flag_names
 from megatron_vespo.rollout.precision import refusal
@@ -78,6 +79,8 @@ class Plan:
 def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
     """Raises :class:`ConfigError` naming field, value and mend; a dry run lists what this machine lacks instead."""
     missing = _absent_model(config) + _absent_data(config) + _absent_precision(config)
+    build_grader(config.reward)
+    missing += _absent_protection(config)
     if missing and not dry_run:
         raise ConfigError("\n".join(missing))
     hf_config = _model_config(config)
@@ -182,6 +185,14 @@ def _absent_precision(config: RunConfig) -> list[str]:
     # Engines of someone else's run elsewhere, in the precision that they were given.
     reason = None if config.rollout.urls else refusal(config.rollout.engine, config.rollout.precision)
     return [reason] if reason else []
+
+
+def _absent_protection(config: RunConfig) -> list[str]:
+    try:
+        check_rewards(config.reward)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _check_layout(config: RunConfig, hf_config: Any) -> ParallelLayout:

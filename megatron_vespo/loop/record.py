@@ -34,6 +34,7 @@ def record_step(run: Run, samples: Sequence[Sample], extra: Mapping[str, float] 
         "time": time.time(),
         "reward": float(np.mean([s.reward for s in samples])),
         "accuracy": float(np.mean([(s.grade or 0.0) >= 1.0 for s in samples])),
+        **_reward_parts(samples),
         "reward_errors": sum("reward_error" in s.metadata for s in samples),
         "response_length": response_tokens / len(samples),
         "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
@@ -54,6 +55,15 @@ def record_step(run: Run, samples: Sequence[Sample], extra: Mapping[str, float] 
         write_batch(batch_file(folder, run.step), samples)
         keep_newest(folder, run.config.log.rollouts_kept)
     run.progress.step(record)
+
+
+def _reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """``reward/<label>`` of each part of a reward of several: mean, unweighted, over the samples that it applies to."""
+    sums = MetricSums()
+    for sample in samples:
+        for label, value in sample.metadata.get("reward_parts", {}).items():
+            sums.add(f"reward/{label}", value, 1.0)
+    return sums.means()
 
 
 def record_evaluation(run: Run, result: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> None:

@@ -40,6 +40,10 @@ class Responses:
         self._check_settings()
         self._whole_bytes = self._read()
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        return list(self._prompts.values())
+
     def missing(self, k: int) -> list[tuple[Prompt, int]]:
         """What is still to be sampled for ``k`` responses to each problem: the first of each before the second of any,
         so that what there is when someone looks covers all problems."""
@@ -120,5 +124,8 @@ class Responses:
 
 
 def prompt_digest(prompt: Prompt) -> str:
-    """Of what is asked and what is right."""
-    return hashlib.sha256(prompt.tokens.tobytes() + b"\0" + prompt.answer.encode()).hexdigest()[:12]
+    """Of what is asked and what is right, and of who says so."""
+    facts = prompt.tokens.tobytes() + b"\0" + prompt.answer.encode()
+    if prompt.reward:
+        facts += b"\0" + prompt.reward.encode()
+    return hashlib.sha256(facts).hexdigest()[:12]

@@ -61,5 +61,7 @@ def recipe(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.id}\0{prompt.answer}\0".encode())
+        if prompt.reward:
+            digest.update(f"{prompt.reward}\0".encode())
         digest.update(prompt.tokens.tobytes())
     return {**sections, "prompts": digest.hexdigest()}

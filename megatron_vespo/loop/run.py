@@ -188,14 +188,18 @@ class Run:
 
     def score(self, samples: Sequence[Sample]) -> None:
         with self._grading:
-            graded = self.rewards.score([(s.text, s.prompt.answer) for s in samples])
+            graded = self.rewards.score(
+                [(s.text, s.prompt.answer) for s in samples], named=[s.prompt.reward for s in samples]
+            )
         limit, settings = self.config.rollout.max_response_tokens, self.config.reward
         for sample, result in zip(samples, graded, strict=True):
             length = len(sample.response_tokens)
-            sample.grade = result.reward
+            sample.grade = result.grade
             sample.reward = result.reward - overlong_penalty(
                 length, limit, settings.overlong_buffer, settings.overlong_penalty
             )
+            if len(result.parts) > 1:
+                sample.metadata["reward_parts"] = dict(result.parts)
             if result.error:
                 sample.metadata["reward_error"] = result.error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import read_state
 from megatron_vespo.policy.routing_replay import routing_shape
-from megatron_vespo.rewards import build_reward
+from megatron_vespo.rewards.grader import build_grader, check_rewards
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode
 from megatron_vespo.samples.dataset import PromptStream, load_prompts
@@ -64,18 +65,22 @@ def open_job(resolved: ResolvedConfig) -> Iterator[Job]:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = PromptStream(read_prompts(config, config.data.train, tokenizer), config.seed)
     prompts.require(config.train.prompts_per_step)
-    reward = build_reward(config.reward.name)
+    grader = build_grader(config.reward)
+    for notice in check_rewards(config.reward):
+        print(notice, file=sys.stderr)
     play = import_function("rollout.function", config.rollout.function) if config.rollout.function else None
     held_out = read_prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else []
     most = config.evaluate.max_prompts
     sets = [(each, read_prompts(config, each.path, tokenizer)[:most]) for each in held_out_sets(config)]
+    asked = [prompt for _, problems in sets for prompt in problems]
+    grader.check_named({prompt.reward for prompt in (*prompts.prompts, *held_out, *asked)})
     directory.mkdir(parents=True, exist_ok=True)
 
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger(directory, anew=not config.checkpoint.resume))
         (directory / "config.resolved.yaml").write_text(resolved.to_yaml())
         stack.enter_context(ray_cluster(config))
-        rewards = RewardWorkers(reward, config.reward.workers, config.reward.timeout_s)
+        rewards = RewardWorkers(grader, config.reward.workers, config.reward.timeout_s)
         stack.callback(rewards.close)
         stack.callback(shutil.rmtree, sync_folder(config), ignore_errors=True)
         yield Job(
@@ -174,6 +179,7 @@ def read_prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
         tokenizer,
         prompt_field=data.prompt_field,
         answer_field=data.answer_field,
+        reward_field=data.reward_field,
         template=data.template,
         suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,

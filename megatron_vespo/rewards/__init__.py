@@ -1,4 +1,4 @@
-"""Rewards: pure functions ``(response, answer) -> float``, graded in worker processes that can be killed."""
+"""Rewards: pure functions ``(response, answer, **params) -> float``, graded in worker processes that can be killed."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 from megatron_vespo.config.dotted import import_function
 
-RewardFunction = Callable[[str, str], float]
+RewardFunction = Callable[..., float]
 
-BUILTIN = {"math": "megatron_vespo.rewards.math:grade"}
+BUILTIN = {name: f"megatron_vespo.rewards.{name}:grade" for name in ("code", "exact", "format", "math", "numeric")}
 
 
 class RewardError(RuntimeError):
     """A reward worker that cannot start. The message names the function and the mend."""
 
 
-def build_reward(name: str) -> RewardFunction:
-    """The reward function called ``name``: ``math``, or the dotted path of one's own, ``package.module.function``.
+def build_reward(name: str, setting: str = "reward.name") -> RewardFunction:
+    """The reward function called ``name``: a built-in, or the dotted path of one's own, ``package.module.function``.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError, which names ``setting``, where there is none.
     """
-    return import_function("reward.name", BUILTIN.get(name, name), known=", ".join(sorted(BUILTIN)))
+    return import_function(setting, BUILTIN.get(name, name), known=", ".join(sorted(BUILTIN)))

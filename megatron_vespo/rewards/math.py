@@ -11,12 +11,12 @@ import re
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from megatron_vespo.rewards.extract import BOX, last_boxed, undollar
+
 # math-verify warns once a process that its own timeouts are off. They are, on purpose: they rest on SIGALRM, which
 # works in a main thread only and cannot interrupt a long bignum operation. RewardWorkers kills the process instead.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-BOX = "\\boxed{"
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 INTEGER = re.compile(r"-?\d{1,15}")
 INTEGER_GOLD = re.compile(r"(-?\d{1,15})(?:\.0+)?")
 EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -49,30 +49,3 @@ def grade_parsed(given: str, gold: str) -> bool:
 def parse_boxed(content: str) -> list:
     # LaTeX only: the plain-number extraction would pick any number out of a box that it cannot read as a whole.
     return parse(f"{BOX}{content}}}", extraction_config=EXTRACTION, parsing_timeout=None)
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{...}``, without outer blanks; None if there is none or it is not closed."""
-    start = text.rfind(BOX)
-    if start < 0:
-        return None
-    start += len(BOX)
-    depth = 1
-    for match in BRACE.finditer(text, start):
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start : match.start()].strip()
-    return None
-
-
-def undollar(latex: str) -> str:
-    """Without the math delimiters ``$...$``, ``$$...$$``, ``\\(...\\)``, ``\\[...\\]`` around the whole, if any."""
-    latex = latex.strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        inner = latex[len(opening) : -len(closing)]
-        if len(latex) > len(opening + closing) and latex.startswith(opening) and latex.endswith(closing):
-            return inner.strip() if opening not in inner else latex
-    return latex

@@ -11,6 +11,7 @@ which is unsafe under threads and CUDA.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import resource
@@ -25,6 +26,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.rewards import RewardError, RewardFunction, build_reward
+from megatron_vespo.rewards.grader import Grader, Scored
 
 START_TIMEOUT_S = 120.0
 """A worker imports sympy before it is ready; on a loaded machine that takes seconds."""
@@ -33,13 +35,6 @@ MAX_KILLS = 3
 """Workers that may be killed over one response before it scores 0; and while they start, before the run ends."""
 MEMORY_LIMIT_BYTES = 8 * 2**30
 """Address space of a worker: expanding (x+y+z)^{2000} must end in a MemoryError, not in the machine's swap."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    reward: float
-    error: str | None = None
-    """None, or why the response scores 0: the function raised, hung or killed its process."""
 
 
 @dataclass(slots=True)
@@ -67,42 +62,52 @@ class _Worker:
     deadline: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    pairs: Sequence[tuple[str, str]]
+    named: Sequence[str]
+    results: list[Scored | None]
+    queue: deque[int]
+    """Indices of the pairs that no worker has."""
+
+
 class RewardWorkers:
-    """``workers`` warm processes that grade batches with ``function`` (importable: a module-level function).
+    """``workers`` warm processes that grade batches with ``reward`` (functions of it importable: module-level).
 
     ``timeout_s`` bounds the grading of one response. Not thread-safe: one caller at a time. Raises
     :class:`RewardError` if a worker cannot start.
     """
 
-    def __init__(self, function: RewardFunction, workers: int, timeout_s: float) -> None:
-        self.path = f"{function.__module__}:{function.__qualname__}"
-        if build_reward_or_none(self.path) is not function:
-            raise RewardError(
-                f"{self.path} cannot be imported by a worker. Put the reward function at the top level of a module."
-            )
+    def __init__(self, reward: Grader | RewardFunction, workers: int, timeout_s: float) -> None:
+        self.grader = reward if isinstance(reward, Grader) else Grader.of(reward)
+        for part in self.grader.parts:
+            if build_reward_or_none(part.path) is not part.function:
+                raise RewardError(
+                    f"{part.path} cannot be imported by a worker. Put the reward function at the top level of a module."
+                )
         self.timeout_s = timeout_s
         self.counts = GradingCounts()
         self._killed_with: Counter[int] = Counter()
         """Index of a pair -> workers that were killed while they graded it."""
         self._workers = [self._start() for _ in range(workers)]
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
-        """Grade ``(response, answer)`` pairs; result i belongs to pair i."""
+    def score(self, pairs: Sequence[tuple[str, str]], named: Sequence[str] | None = None) -> list[Scored]:
+        """Grade ``(response, answer)`` pairs; result i belongs to pair i. ``named``: the part that each names, or an
+        empty text; None: none does."""
+        batch = _Batch(pairs, named or [""] * len(pairs), [None] * len(pairs), deque(range(len(pairs))))
         started = time.perf_counter()
-        results: list[Scored | None] = [None] * len(pairs)
-        queue = deque(range(len(pairs)))
         self._killed_with.clear()
         chunk = max(1, min(MAX_CHUNK, math.ceil(len(pairs) / (4 * len(self._workers)))))
-        while queue or any(worker.pending for worker in self._workers):
+        while batch.queue or any(worker.pending for worker in self._workers):
             for index, worker in enumerate(self._workers):
                 if worker.ready and not worker.pending:
-                    self._give(worker, queue, chunk, pairs)
+                    self._give(worker, batch, chunk)
                 elif worker.deadline < time.monotonic() and not worker.pipe.poll():
-                    self._replace(index, queue, results, timed_out=True)
-            self._collect(queue, results)
+                    self._replace(index, batch, timed_out=True)
+            self._collect(batch)
         self.counts.graded += len(pairs)
         self.counts.seconds += time.perf_counter() - started
-        return [result for result in results if result is not None]
+        return [result for result in batch.results if result is not None]
 
     def close(self) -> None:
         for worker in self._workers:
@@ -118,23 +123,24 @@ class RewardWorkers:
     def _start(self) -> _Worker:
         ours, theirs = Pipe(duplex=True)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", __name__, str(theirs.fileno()), self.path, str(self.timeout_s)]
+        spec = json.dumps(self.grader.spec())
+        command = [sys.executable, "-m", __name__, str(theirs.fileno()), spec, str(self.timeout_s)]
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
         return _Worker(process, ours, deadline=time.monotonic() + START_TIMEOUT_S)
 
-    def _give(self, worker: _Worker, queue: deque[int], chunk: int, pairs: Sequence[tuple[str, str]]) -> None:
-        if not queue:
+    def _give(self, worker: _Worker, batch: _Batch, chunk: int) -> None:
+        if not batch.queue:
             return
-        worker.pending.extend(queue.popleft() for _ in range(min(chunk, len(queue))))
+        worker.pending.extend(batch.queue.popleft() for _ in range(min(chunk, len(batch.queue))))
         # A pipe whose reader has died: _collect sees it at once and replaces the worker.
         with contextlib.suppress(OSError):
-            worker.pipe.send([pairs[i] for i in worker.pending])
+            worker.pipe.send([(*batch.pairs[i], batch.named[i]) for i in worker.pending])
         worker.deadline = time.monotonic() + self.timeout_s
 
-    def _collect(self, queue: deque[int], results: list[Scored | None]) -> None:
+    def _collect(self, batch: _Batch) -> None:
         """Take in whatever arrives before the next deadline."""
         busy = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.pending or not worker.ready}
         nearest = min((self._workers[i].deadline for i in busy.values()), default=0.0)
@@ -144,17 +150,16 @@ class RewardWorkers:
             try:
                 message = worker.pipe.recv()
             except (EOFError, OSError):
-                self._replace(index, queue, results, timed_out=False)
+                self._replace(index, batch, timed_out=False)
                 continue
             worker.deadline = time.monotonic() + self.timeout_s
             if message == "ready":
                 worker.ready = True
                 continue
-            scored = Scored(*message)
-            self.counts.errors += scored.error is not None
-            results[worker.pending.popleft()] = scored
+            self.counts.errors += message.error is not None
+            batch.results[worker.pending.popleft()] = message
 
-    def _replace(self, index: int, queue: deque[int], results: list[Scored | None], timed_out: bool) -> None:
+    def _replace(self, index: int, batch: _Batch, timed_out: bool) -> None:
         """Put a new worker in the place of one that hung or died; only the response at fault scores 0."""
         worker = self._workers[index]
         if not timed_out:
@@ -164,12 +169,12 @@ class RewardWorkers:
         self._stop(worker)
         killed = not timed_out and worker.process.returncode == -signal.SIGKILL
         if killed and self._forgiven(worker):
-            queue.extendleft(reversed(worker.pending))
+            batch.queue.extendleft(reversed(worker.pending))
             self._workers[index] = self._start()
             return
         if not worker.ready:
             raise RewardError(
-                f"a grading worker for {self.path} did not start (exit code {worker.process.returncode}); "
+                f"a grading worker for {self.grader} did not start (exit code {worker.process.returncode}); "
                 "its error stands above in this process's log."
             )
         guilty = worker.pending.popleft()
@@ -179,8 +184,8 @@ class RewardWorkers:
         else:
             self.counts.crashes += 1
             error = f"the grading process died (exit code {worker.process.returncode})"
-        results[guilty] = Scored(0.0, error)
-        queue.extendleft(reversed(worker.pending))
+        batch.results[guilty] = self.grader.failed(error, batch.named[guilty])
+        batch.queue.extendleft(reversed(worker.pending))
         self._workers[index] = self._start()
 
     def _forgiven(self, worker: _Worker) -> bool:
@@ -206,7 +211,7 @@ def build_reward_or_none(path: str) -> RewardFunction | None:
         return None
 
 
-def serve(pipe: Connection, function: RewardFunction, timeout_s: float) -> None:
+def serve(pipe: Connection, grader: Grader, timeout_s: float) -> None:
     """A worker's life: answer each pair of each batch at once, until the parent closes the pipe."""
     pipe.send("ready")
     while True:
@@ -214,31 +219,21 @@ def serve(pipe: Connection, function: RewardFunction, timeout_s: float) -> None:
             batch = pipe.recv()
         except (EOFError, ConnectionError):
             return
-        for response, answer in batch:
+        for item in batch:
             # The parent kills at timeout_s. If it is gone, the kernel does: SIGALRM's default action ends the process
             # even inside a C loop that holds the interpreter's lock.
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
-            pipe.send(graded(function, response, answer))
+            pipe.send(grader(*item))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def graded(function: RewardFunction, response: str, answer: str) -> tuple[float, str | None]:
-    try:
-        reward = float(function(response, answer))
-    except Exception as error:
-        return 0.0, f"{type(error).__name__}: {error}"[:500]
-    if not math.isfinite(reward):
-        return 0.0, f"the reward is {reward}, not a finite number"
-    return reward, None
-
-
 def main(arguments: Sequence[str]) -> None:
-    descriptor, path, timeout_s = arguments
+    descriptor, spec, timeout_s = arguments
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT_BYTES:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, hard))
     with contextlib.suppress(BrokenPipeError):
-        serve(Connection(int(descriptor)), build_reward(path), float(timeout_s))
+        serve(Connection(int(descriptor)), Grader.from_spec(json.loads(spec)), float(timeout_s))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def load_prompts(
     *,
     prompt_field: str = "problem",
     answer_field: str = "answer",
+    reward_field: str | None = None,
     template: str = "chat",
     suffix: str = "",
     max_prompt_tokens: int = 1024,
@@ -46,7 +47,7 @@ def load_prompts(
     check_template(template, tokenizer)
     prompts: list[Prompt] = []
     line_of: dict[str, int] = {}
-    known = {prompt_field, answer_field, "id", "source"}
+    known = {prompt_field, answer_field, reward_field, "id", "source"}
     for line_number, row in read_jsonl(path):
         where = f"{path}, line {line_number}"
         problem = problem_text(row, prompt_field, where)
@@ -56,6 +57,7 @@ def load_prompts(
             text=render(problem + suffix, template, tokenizer),
             answer=answer_text(row, answer_field, where),
             source=str(row.get("source") or path.stem),
+            reward=row_reward(row, reward_field, where),
             metadata={key: value for key, value in row.items() if key not in known},
         )
         if prompt.id in line_of:
@@ -120,6 +122,16 @@ def row_id(row: dict[str, Any], where: str, default: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise DataError(f"{where}, field 'id': {value!r} is not a text or an integer. Mend it, or remove the field.")
     return str(value)
+
+
+def row_reward(row: dict[str, Any], field: str | None, where: str) -> str:
+    value = None if field is None else row.get(field)
+    if value is not None and not isinstance(value, str):
+        raise DataError(
+            f"{where}, field {field!r}: {shorten(repr(value))} is of type {type(value).__name__}; write the label of "
+            "one of reward.parts, or set data.reward_field to another field, or to null."
+        )
+    return value or ""
 
 
 def problem_text(row: dict[str, Any], field: str, where: str) -> str:

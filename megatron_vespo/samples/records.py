@@ -45,6 +45,8 @@ class Prompt:
     answer: str
     """The gold answer, as published."""
     source: str = ""
+    reward: str = ""
+    """Label of the reward that the row names (data.reward_field); empty: none."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

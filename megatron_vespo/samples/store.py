@@ -71,7 +71,7 @@ def write_batch(path: Path, samples: Sequence[Sample]) -> None:
     rest = {
         "format": FORMAT,
         "prompts": [
-            {"id": p.id, "text": p.text, "answer": p.answer, "source": p.source, "metadata": p.metadata}
+            {name: getattr(p, name) for name in ("id", "text", "answer", "source", "reward", "metadata")}
             for p in prompts.values()
         ],
         "samples": [{"prompt": place[id(s.prompt)], **dict(zip(SCALARS, scalars_of(s), strict=True))} for s in samples],
