@@ -13,7 +13,7 @@ from megatron_vespo.config.schema import RewardConfig, RunConfig
 from megatron_vespo.rewards import exact, format, numeric
 from megatron_vespo.rewards.grader import Grader, build_grader, check_rewards
 from megatron_vespo.rewards.worker import RewardWorkers
-from megatron_vespo.samples.dataset import read_jsonl
+from megatron_vespo.samples.rows import read_jsonl
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is absent")
