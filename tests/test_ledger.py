@@ -55,6 +55,7 @@ def score(samples: list[Sample]) -> list[Sample]:
     for i, sample in enumerate(samples):
         sample.grade, sample.reward = float(i % 2), i / 3
     samples[-1].metadata["reward_error"] = "late"
+    samples[0].metadata["reward_parts"] = {"math": 0.0, "format": 1.0}
     return samples
 
 
