@@ -312,5 +312,5 @@ def test_data_train_takes_a_path_or_sources(tmp_path: Path) -> None:
     assert [p.id for p in stream(train=sources, deduplicate=True).prompts] == ["problems:1", "problems:2", "other:2"]
     with pytest.raises(DataError, match=r"'problems:1' is the id of a row of .*give the sources of data.train a name"):
         stream(train=[{"path": first}, {"path": second}])
-    with pytest.raises(ValueError, match="at least 1 item"):
+    with pytest.raises(ValueError, match="no file to train on"):
         stream(train=[])

@@ -166,6 +166,11 @@ def test_parts_are_weighed_and_one_of_them_is_the_grade() -> None:
     assert (by_format.reward, by_format.grade, by_format.parts) == (0.25, 1.0, {"format": 1.0})
 
 
+def test_parts_take_the_place_of_a_name_that_a_base_or_a_resolved_config_brings() -> None:
+    settings = RewardConfig.model_validate(mixed().model_dump(mode="json"))
+    assert settings.name == "math" and build_grader(settings).spec() == build_grader(mixed()).spec()
+
+
 def test_a_row_names_its_reward() -> None:
     grader = build_grader(mixed())
     exactly = grader(r"\boxed{\frac12}", "0.5", "exact")
@@ -178,7 +183,6 @@ def test_a_row_names_its_reward() -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ({"name": "math", "parts": [{"name": "math"}]}, "stands in place of reward.name"),
         ({"parts": [{"name": "math"}, {"name": "a.math"}]}, "two of reward.parts are called 'math'"),
         ({"parts": [{"name": "math"}], "grade": "exact"}, r"reward.grade = 'exact' is none of reward.parts \(math\)"),
     ],

@@ -192,7 +192,7 @@ class DataSource(Section):
 
 
 class DataConfig(Section):
-    train: tuple[DataSource, ...] = Field(min_length=1)
+    train: tuple[DataSource, ...]
     """JSONL, one problem a line, or parquet (.parquet); or a list of {path, weight} to mix (docs/data.md)."""
     evaluate: Path | None = None
     """Held-out problems, JSONL or parquet; None: no evaluation."""
@@ -215,6 +215,8 @@ class DataConfig(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
+        if value in ([], ()):
+            raise ValueError("no file to train on; give a path, or a list of {path, weight}")
         return ({"path": value},) if isinstance(value, str | Path) else value
 
 
@@ -245,7 +247,7 @@ class RewardConfig(Section):
     params: dict[str, Any] = Field(default_factory=dict)
     """Parameters of that function, by name."""
     parts: tuple[RewardPart, ...] = ()
-    """Several rewards, added with their weights, in place of name and params."""
+    """Several rewards, added with their weights. Where there are any, name and params count for nothing."""
     grade: str | None = None
     """Label of the part that accuracy is counted by, unweighted; None: the first."""
     workers: PositiveInt = 2
@@ -260,8 +262,6 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _parts_go_together(self) -> RewardConfig:
         labels = [part.called for part in self.parts]
-        if self.parts and {"name", "params"} & self.model_fields_set:
-            raise ValueError("reward.parts stands in place of reward.name and reward.params; leave those out")
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"two of reward.parts are called {label!r}; give them a label each")

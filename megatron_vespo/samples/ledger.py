@@ -53,7 +53,7 @@ from typing import Any
 
 from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.ledger_schema import BEFORE, FILE, OPEN, SCHEMA, among
-from megatron_vespo.samples.payloads import PayloadReader, Payloads
+from megatron_vespo.samples.payloads import PayloadReader, Payloads, parts_of
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.rollback import Rollback, undo
 
@@ -183,7 +183,7 @@ class Ledger:
 
     def scored(self, samples: Sequence[Sample]) -> None:
         """``grade`` and ``reward`` set."""
-        values = [(s.grade, s.reward, s.metadata.get("reward_error"), _parts_of(s)) for s in samples]
+        values = [(s.grade, s.reward, s.metadata.get("reward_error"), parts_of(s)) for s in samples]
         with self._transaction():
             self._move([s.id for s in samples], "scored", "grade = ?, reward = ?, error = ?, parts = ?", values)
 
@@ -396,8 +396,3 @@ class Ledger:
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                     raise DiskFull(f"{self.path}: the disk is full ({error}); the ledger is as it was before") from None
                 raise
-
-
-def _parts_of(sample: Sample) -> str | None:
-    parts = sample.metadata.get("reward_parts")
-    return None if parts is None else json.dumps(parts)

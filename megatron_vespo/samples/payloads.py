@@ -71,3 +71,9 @@ class PayloadReader:
         if parts is not None:
             sample.metadata["reward_parts"] = json.loads(parts)
         return sample
+
+
+def parts_of(sample: Sample) -> str | None:
+    """What the parts of its reward said, as the ledger keeps it: JSON; None: its reward has one part."""
+    parts = sample.metadata.get("reward_parts")
+    return None if parts is None else json.dumps(parts)
