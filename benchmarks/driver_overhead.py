@@ -40,10 +40,10 @@ from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.rewards.grader import Scored
 from megatron_vespo.rollout import EnginePool, GenerateRequest, Generation
-from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.store import write_batch
+from megatron_vespo.samples.stream import PromptStream
 from megatron_vespo.samples.weight_table import WeightTable
 
 PROMPTS, GROUP, MINI_BATCHES, CHECKPOINT_EVERY = 256, 8, 4, 8

@@ -23,9 +23,9 @@ from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.rewards.grader import Scored
 from megatron_vespo.rollout import EnginePool, GenerateRequest, Generation
-from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.stream import PromptStream
 from megatron_vespo.samples.weight_table import stacked
 
 PROMPTS = 40

@@ -22,10 +22,10 @@ from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.writer import RunWriter
 from megatron_vespo.policy.checkpoint import read_state, step_folder
-from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
+from megatron_vespo.samples.stream import PromptStream
 
 OF_TIME = ("time", "seconds", "timeline", "tokens_per_s", "sync_seconds", "sync_bytes_per_s")
 OF_QUEUE = ("busy/", "queue/", "rollouts/")

@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron_vespo.loop.collect import collect
 from megatron_vespo.observe.metrics import MetricSums
-from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.records import Prompt, Sample
+from megatron_vespo.samples.stream import PromptStream
 
 GROUP = 2
 

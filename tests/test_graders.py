@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_run import PROMPTS, fake_run
 from test_rewards import misbehave
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RewardConfig, RunConfig
+from megatron_vespo.loop import synchronous
+from megatron_vespo.observe.records import read_records
 from megatron_vespo.rewards import exact, format, numeric
-from megatron_vespo.rewards.grader import Grader, build_grader, check_rewards
+from megatron_vespo.rewards.grader import Grader, Scored, build_grader, check_rewards
 from megatron_vespo.rewards.worker import RewardWorkers
-from megatron_vespo.samples.dataset import read_jsonl
+from megatron_vespo.samples.rows import read_jsonl
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is absent")
@@ -163,6 +166,11 @@ def test_parts_are_weighed_and_one_of_them_is_the_grade() -> None:
     assert (by_format.reward, by_format.grade, by_format.parts) == (0.25, 1.0, {"format": 1.0})
 
 
+def test_parts_take_the_place_of_a_name_that_a_base_or_a_resolved_config_brings() -> None:
+    settings = RewardConfig.model_validate(mixed().model_dump(mode="json"))
+    assert settings.name == "math" and build_grader(settings).spec() == build_grader(mixed()).spec()
+
+
 def test_a_row_names_its_reward() -> None:
     grader = build_grader(mixed())
     exactly = grader(r"\boxed{\frac12}", "0.5", "exact")
@@ -175,7 +183,6 @@ def test_a_row_names_its_reward() -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ({"name": "math", "parts": [{"name": "math"}]}, "stands in place of reward.name"),
         ({"parts": [{"name": "math"}, {"name": "a.math"}]}, "two of reward.parts are called 'math'"),
         ({"parts": [{"name": "math"}], "grade": "exact"}, r"reward.grade = 'exact' is none of reward.parts \(math\)"),
     ],
@@ -217,3 +224,29 @@ def test_what_hangs_a_built_in_costs_one_response(reward: dict, hostile: str, go
     with RewardWorkers(build_grader(RewardConfig.model_validate(reward)), workers=1, timeout_s=3) as workers:
         scored = workers.score([(good, answer), (hostile, answer), (good, answer)])
         assert [s.reward for s in scored] == [1.0, 0.0, 1.0]
+
+
+class PartedRewards:
+    """Prompts of even number are graded by ``math``, the others by ``code``; all by ``format``."""
+
+    def score(self, pairs: list[tuple[str, str]], named: list[str]) -> list[Scored]:
+        found = []
+        for (_, answer), name in zip(pairs, named, strict=True):
+            value = float(int(answer) % 4 == 0)
+            assert name == ("math", "code")[int(answer) % 2]
+            found.append(Scored(value + 0.5, None, value, {name: value, "format": 1.0}))
+        return found
+
+
+def test_metrics_of_parts_have_denominators_of_their_own_and_accuracy_is_the_grade(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, train={"mode": "synchronous", "steps": 1, "prompts_per_step": PROMPTS})
+    run.rewards = PartedRewards()  # type: ignore[assignment]
+    for prompt in run.prompts.prompts:
+        prompt.reward = ("math", "code")[int(prompt.answer) % 2]
+    synchronous.train(run)
+    (record,) = [r for r in read_records(tmp_path / "metrics.jsonl") if "reward" in r]
+    even = sum(i % 4 == 0 for i in range(PROMPTS)) / sum(i % 2 == 0 for i in range(PROMPTS))
+    assert record["reward/math"] == pytest.approx(even) and record["reward/code"] == 0.0
+    assert record["reward/format"] == 1.0
+    graded = sum(i % 4 == 0 for i in range(PROMPTS)) / PROMPTS
+    assert record["accuracy"] == pytest.approx(graded) and record["reward"] == pytest.approx(graded + 0.5)

@@ -396,3 +396,19 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
             for step in range(1, 200):
                 ledger.ask(f"{step}/train", prompts(8), SIZE, step)
         ledger.scored(score(responses(names)))  # it goes on where it was
+
+
+def test_what_each_part_of_a_reward_said_comes_back_and_older_ledgers_are_taken_up(tmp_path: Path) -> None:
+    parts = {"math": 0.0, "format": 1.0}
+    with Ledger(tmp_path) as ledger:
+        names = ledger.ask("0/train", prompts(2), SIZE, 0)
+        samples = responses(names)
+        ledger.generated(samples)
+        for sample in score(samples):
+            sample.metadata["reward_parts"] = parts  # after its payload was written
+        ledger.scored(samples)
+        assert all(s.metadata["reward_parts"] == parts for group in ledger.recall(names).values() for s in group)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        db.execute("ALTER TABLE samples DROP COLUMN parts")
+    with Ledger(tmp_path) as ledger:
+        assert all("reward_parts" not in s.metadata for group in ledger.recall(names).values() for s in group)

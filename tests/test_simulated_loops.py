@@ -22,7 +22,7 @@ from megatron_vespo.plan.rates import Rates
 from megatron_vespo.plan.setup import plant_of, schedule_of
 from megatron_vespo.plan.workload import GroupShape
 from megatron_vespo.rollout import GenerateRequest, Generation
-from megatron_vespo.samples.dataset import PromptStream
+from megatron_vespo.samples.stream import PromptStream
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from megatron_vespo.cluster.turns import Apart
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.run import Run
-from megatron_vespo.loop.start import read_prompts
+from megatron_vespo.loop.start import read_prompts, training_stream
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
@@ -43,7 +43,6 @@ from megatron_vespo.rollout.reference.generator import Generator
 from megatron_vespo.rollout.reference.model import ReferenceModel
 from megatron_vespo.rollout.reference.parameters import parameters_by_hf_name
 from megatron_vespo.rollout.reference.precision import Fp8, rounded_weight
-from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.weight_table import WeightTable
@@ -223,7 +222,7 @@ def open_in_process(resolved: ResolvedConfig) -> Iterator[Run]:
             engines=engines,
             engine_weights=WeightSync(config, trainers, engines, Apart()),  # type: ignore[arg-type]
             rewards=rewards,
-            prompts=PromptStream(read_prompts(config, config.data.train, tokenizer), config.seed),
+            prompts=training_stream(config, tokenizer),
             held_out=read_prompts(config, config.data.evaluate, tokenizer) if config.data.evaluate else [],
             tokenizer=tokenizer,
             play=None,

@@ -12,10 +12,22 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_vespo.cli import budget, compare, convert, doctor, eval, launch, ledger, plan, report, train
+from megatron_vespo.cli import (
+    budget,
+    compare,
+    convert,
+    doctor,
+    eval,
+    launch,
+    ledger,
+    plan,
+    prepare_data,
+    report,
+    train,
+)
 from megatron_vespo.config.load import ConfigError
 
-COMMANDS = (train, eval, launch, plan, doctor, report, ledger, compare, budget, convert)
+COMMANDS = (train, eval, launch, plan, doctor, report, ledger, compare, budget, convert, prepare_data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

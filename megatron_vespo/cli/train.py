@@ -36,9 +36,9 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
-    from megatron_vespo.samples.dataset import DataError
     from megatron_vespo.samples.disk import DiskFull
     from megatron_vespo.samples.ledger import LedgerError
+    from megatron_vespo.samples.rows import DataError
     from megatron_vespo.samples.store import StoreError
     from megatron_vespo.weights.sync import SyncError
 

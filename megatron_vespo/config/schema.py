@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -177,15 +178,34 @@ class RolloutConfig(Section):
         return len(self.urls) or self.engines
 
 
+class DataSource(Section):
+    """One of several files that ``data.train`` mixes."""
+
+    path: Path
+    """JSONL, or parquet."""
+    weight: PositiveFloat = 1.0
+    """Over the sum of all weights, its share of the prompts drawn, whatever its size."""
+    name: str | None = None
+    """In ids and as the source of its rows that name none; None: the file's name without its ending."""
+    prompt_field: str | None = None
+    """None: data.prompt_field."""
+    answer_field: str | None = None
+    """None: data.answer_field."""
+    reward_field: str | None = None
+    """None: data.reward_field."""
+
+
 class DataConfig(Section):
-    train: Path
-    """JSONL, one problem a line."""
+    train: tuple[DataSource, ...]
+    """JSONL, one problem a line, or parquet (.parquet); or a list of {path, weight} to mix (docs/data.md)."""
     evaluate: Path | None = None
-    """JSONL of held-out problems; None: no evaluation."""
+    """Held-out problems, JSONL or parquet; None: no evaluation."""
+    deduplicate: bool = False
+    """Train on the first of equal problems only, over all sources: letter case, blanks and Unicode variants apart."""
     prompt_field: str = "problem"
-    """Name of the field that holds the problem."""
+    """Name of the field that holds the problem, a text or a list of chat messages; inside others by dots."""
     answer_field: str = "answer"
-    """Name of the field that holds the gold answer."""
+    """Name of the field that holds the gold answer, likewise: reward_model.ground_truth."""
     template: str = "chat"
     """How a problem becomes a prompt: chat (the tokenizer's chat template), none, or a text with {problem} in it."""
     suffix: str = ""
@@ -195,6 +215,13 @@ class DataConfig(Section):
     without it has reward.grade's. None: rows name none."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are left out, and counted."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        if value in ([], ()):
+            raise ValueError("no file to train on; give a path, or a list of {path, weight}")
+        return ({"path": value},) if isinstance(value, str | Path) else value
 
 
 class RewardPart(Section):
@@ -224,7 +251,7 @@ class RewardConfig(Section):
     params: dict[str, Any] = Field(default_factory=dict)
     """Parameters of that function, by name."""
     parts: tuple[RewardPart, ...] = ()
-    """Several rewards, added with their weights, in place of name and params."""
+    """Several rewards, added with their weights. Where there are any, name and params count for nothing."""
     grade: str | None = None
     """Label of the part that accuracy is counted by, unweighted; None: the first."""
     workers: PositiveInt = 2
@@ -239,8 +266,6 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _parts_go_together(self) -> RewardConfig:
         labels = [part.called for part in self.parts]
-        if self.parts and {"name", "params"} & self.model_fields_set:
-            raise ValueError("reward.parts stands in place of reward.name and reward.params; leave those out")
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"two of reward.parts are called {label!r}; give them a label each")

@@ -164,9 +164,9 @@ def _absent_model(config: RunConfig) -> list[str]:
 
 
 def _absent_data(config: RunConfig) -> list[str]:
-    files = (("data.train", config.data.train), ("data.evaluate", config.data.evaluate))
+    files = [("data.train", source.path) for source in config.data.train] + [("data.evaluate", config.data.evaluate)]
     missing = [
-        f"{name} = {path}: no such file; give a JSONL file of problems"
+        f"{name} = {path}: no such file; give a JSONL or parquet file of problems"
         for name, path in files
         if path is not None and not path.is_file()
     ]

@@ -34,11 +34,11 @@ from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
 from megatron_vespo.rollout.protocol import SamplingParams
 from megatron_vespo.rollout.sampling import GroupUnderWay, group_seeds, sample_groups, submit_groups
-from megatron_vespo.samples.dataset import PromptStream
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 from megatron_vespo.samples.staleness import token_lags, versions_of, weigh_down
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps, write_batch
+from megatron_vespo.samples.stream import MixedStream, PromptStream
 from megatron_vespo.samples.weight_table import WeightTable
 
 OF_OLD_POLICY = ("log_w_stale/", "log_w_engine/", "k3_stale", "k3_engine", "rollout_logprob_diff")
@@ -55,7 +55,7 @@ class Run:
     engines: EngineGroup
     engine_weights: WeightSync
     rewards: RewardWorkers
-    prompts: PromptStream
+    prompts: PromptStream | MixedStream
     held_out: list[Prompt]
     tokenizer: Any
     play: Callable[[Episode], None] | None

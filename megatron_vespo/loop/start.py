@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.evaluation import HeldOut, held_out_sets
 from megatron_vespo.config.load import ResolvedConfig
-from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.config.schema import DataSource, RunConfig
 from megatron_vespo.loop.resume import load_newest, recipe
 from megatron_vespo.loop.run import Run
 from megatron_vespo.loop.weight_sync import WeightSync
@@ -29,9 +30,13 @@ from megatron_vespo.policy.routing_replay import routing_shape
 from megatron_vespo.rewards.grader import build_grader, check_rewards
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode
-from megatron_vespo.samples.dataset import PromptStream, load_prompts
+from megatron_vespo.samples.dataset import Duplicates, load_prompts
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape
+from megatron_vespo.samples.rows import DataError
+from megatron_vespo.samples.stream import MixedStream, PromptStream
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Job:
     config: RunConfig
     ledger: Ledger
     rewards: RewardWorkers
-    prompts: PromptStream
+    prompts: PromptStream | MixedStream
     """As the last run left it."""
     held_out: list[Prompt]
     sets: list[tuple[HeldOut, list[Prompt]]]
@@ -63,7 +68,7 @@ def open_job(resolved: ResolvedConfig) -> Iterator[Job]:
     config = resolved.run
     directory = config.directory
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    prompts = PromptStream(read_prompts(config, config.data.train, tokenizer), config.seed)
+    prompts = training_stream(config, tokenizer)
     prompts.require(config.train.prompts_per_step)
     grader = build_grader(config.reward)
     for notice in check_rewards(config.reward):
@@ -171,18 +176,49 @@ def _forsake(engines: EngineGroup) -> None:
     engines.pool.forsake()
 
 
+def training_stream(config: RunConfig, tokenizer: Any) -> PromptStream | MixedStream:
+    """What ``data.train`` says, from its beginning. Raises DataError."""
+    sources = config.data.train
+    duplicates = Duplicates() if config.data.deduplicate else None
+    read = [read_source(config, source, tokenizer, duplicates) for source in sources]
+    if duplicates is not None and duplicates.conflicts:
+        many = len(duplicates.conflicts)
+        logger.warning(
+            "%d problems dropped as duplicates have another answer, such as %s", many, duplicates.conflicts[0]
+        )
+    if len(sources) == 1:
+        return PromptStream(read[0], config.seed)
+    found: dict[str, Path] = {}
+    for source, prompts in zip(sources, read, strict=True):
+        for prompt in prompts:
+            if found.setdefault(prompt.id, source.path) is not source.path:
+                raise DataError(
+                    f"{source.path}: {prompt.id!r} is the id of a row of {found[prompt.id]} too. Give the rows ids of "
+                    "their own; where they have none, give the sources of data.train a name each."
+                )
+    return MixedStream(read, [source.weight for source in sources], config.seed)
+
+
 def read_prompts(config: RunConfig, path: Path, tokenizer: Any) -> list[Prompt]:
     """As section ``data`` of the config says. Raises DataError."""
+    return read_source(config, DataSource(path=path), tokenizer)
+
+
+def read_source(
+    config: RunConfig, source: DataSource, tokenizer: Any, duplicates: Duplicates | None = None
+) -> list[Prompt]:
     data = config.data
     return load_prompts(
-        path,
+        source.path,
         tokenizer,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        reward_field=data.reward_field,
+        prompt_field=source.prompt_field or data.prompt_field,
+        answer_field=source.answer_field or data.answer_field,
+        reward_field=source.reward_field or data.reward_field,
         template=data.template,
         suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,
+        name=source.name,
+        duplicates=duplicates,
     )
 
 

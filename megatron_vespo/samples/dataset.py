@@ -1,11 +1,12 @@
-"""Problems from a JSONL file, rendered and tokenised once, and the endless shuffled stream that training draws from."""
+"""Problems from a data file, rendered and tokenised once."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+import unicodedata
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,41 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.samples.records import Prompt
+from megatron_vespo.samples.rows import DataError, field_of, read_rows, shorten
 
 logger = logging.getLogger(__name__)
 
+Problem = str | list[dict[str, str]]
+"""A text, or chat messages."""
 
-class DataError(ValueError):
-    """A data file or a data setting that cannot be used. The message names file, line, field, value and the mend."""
+
+@dataclass
+class Duplicates:
+    """Problems seen so far, by their normalised text; one for all sources of a run."""
+
+    first: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Normalised problem -> where it was first, and its answer."""
+    dropped: int = 0
+    conflicts: list[str] = field(default_factory=list)
+    """Of those dropped: where one has another answer than the first."""
+
+    def is_one(self, problem: Problem, answer: str, where: str) -> bool:
+        """Whether it was there before; counts it."""
+        text = problem if isinstance(problem, str) else "\n".join(message["content"] for message in problem)
+        key = normalised(text)
+        if key not in self.first:
+            self.first[key] = where, answer
+            return False
+        first, of_first = self.first[key]
+        self.dropped += 1
+        if answer.strip() != of_first.strip():
+            self.conflicts.append(f"{where}: answer {shorten(answer, 40)!r}, but {shorten(of_first, 40)!r} in {first}")
+        return True
+
+
+def normalised(problem: str) -> str:
+    """What makes two problems one: Unicode's compatible forms, letter case and blanks do not count."""
+    return " ".join(unicodedata.normalize("NFKC", problem).casefold().split())
 
 
 def load_prompts(
@@ -31,12 +61,16 @@ def load_prompts(
     template: str = "chat",
     suffix: str = "",
     max_prompt_tokens: int = 1024,
+    name: str | None = None,
+    duplicates: Duplicates | None = None,
 ) -> list[Prompt]:
-    """Read a JSONL file of problems, in file order.
+    """Read a JSONL or parquet file of problems, in file order.
 
-    A prompt's id is the row's own ``id``, else ``<file stem>:<line>``; ids must be unique. Fields that are not the
-    problem, the answer, ``id`` or ``source`` go to ``Prompt.metadata``. Prompts of more than ``max_prompt_tokens``
-    tokens are left out, and their number is logged as a warning.
+    Field names may lead inside by dots. A problem is a text, or a list of chat messages that ends with the user's. A
+    prompt's id is the row's own ``id``, else ``<name>:<line>``; ids must be unique. ``name``: None: the file's stem.
+    Fields that are not the problem, the answer, ``id`` or ``source`` go to ``Prompt.metadata``. Problems that are in
+    ``duplicates`` (None: any may come again), and prompts of more than ``max_prompt_tokens`` tokens, are left out, and
+    their number is logged as a warning.
 
     ``template`` is ``chat`` (the tokenizer's chat template, one user turn), ``none`` (the problem as it is), or a text
     that contains ``{problem}``. Special tokens are the chat template's own under ``chat``, the tokenizer's otherwise.
@@ -48,17 +82,22 @@ def load_prompts(
     prompts: list[Prompt] = []
     line_of: dict[str, int] = {}
     known = {prompt_field, answer_field, reward_field, "id", "source"}
-    for line_number, row in read_jsonl(path):
-        where = f"{path}, line {line_number}"
-        problem = problem_text(row, prompt_field, where)
+    name = name or path.stem
+    read = 0
+    for line_number, where, row in read_rows(path):
+        read += 1
+        problem = problem_of(row, prompt_field, where)
+        answer = answer_text(row, answer_field, where)
+        if duplicates is not None and duplicates.is_one(problem, answer, where):
+            continue
         prompt = Prompt(
-            id=row_id(row, where, default=f"{path.stem}:{line_number}"),
+            id=row_id(row, where, default=f"{name}:{line_number}"),
             tokens=np.empty(0, dtype=np.int32),  # all are tokenised in one call below
-            text=render(problem + suffix, template, tokenizer),
-            answer=answer_text(row, answer_field, where),
-            source=str(row.get("source") or path.stem),
+            text=render(with_suffix(problem, suffix), template, tokenizer, where),
+            answer=answer,
+            source=str(row.get("source") or name),
             reward=row_reward(row, reward_field, where),
-            metadata={key: value for key, value in row.items() if key not in known},
+            metadata={key: plain(value) for key, value in row.items() if key not in known},
         )
         if prompt.id in line_of:
             raise DataError(
@@ -67,6 +106,10 @@ def load_prompts(
             )
         line_of[prompt.id] = line_number
         prompts.append(prompt)
+    if read > len(prompts):
+        logger.warning("%s: %d of %d rows dropped: their problem was there before", path, read - len(prompts), read)
+    if read and not prompts:
+        raise DataError(f"{path}: every problem of it is in a file before it. Take the file out of data.train.")
     if not prompts:
         raise DataError(f"{path} holds no problem. Write one JSON object a line: {prompt_field!r}, {answer_field!r}.")
 
@@ -83,36 +126,6 @@ def load_prompts(
         limit = f"more than data.max_prompt_tokens={max_prompt_tokens} tokens"
         logger.warning("%s: %d of %d prompts dropped (%s)", path, dropped, len(prompts), limit)
     return kept
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row with its line number (from 1); blank lines are passed over. Raises :class:`DataError`."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Check data.train and data.evaluate.") from error
-    with file:
-        for line_number, raw in enumerate(file, start=1):
-            where = f"{path}, line {line_number}"
-            try:
-                line = raw.decode("utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-            if not line:
-                continue
-            try:
-                row = json.loads(line, parse_constant=refuse_constant)
-            except ValueError as error:
-                raise DataError(
-                    f"{where}: broken JSON ({error}): {shorten(line)}. Write one whole JSON object a line."
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: {shorten(line)} is not a JSON object. Write one object {{...}} a line.")
-            yield line_number, row
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def row_id(row: dict[str, Any], where: str, default: str) -> str:
@@ -134,15 +147,34 @@ def row_reward(row: dict[str, Any], field: str | None, where: str) -> str:
     return value or ""
 
 
-def problem_text(row: dict[str, Any], field: str, where: str) -> str:
+def problem_of(row: dict[str, Any], field: str, where: str) -> Problem:
     value = field_of(row, field, where, setting="data.prompt_field")
-    if not isinstance(value, str):
+    if isinstance(value, list) and value and all(is_message(message) for message in value):
+        messages = [{"role": message["role"], "content": message["content"]} for message in value]
+        if messages[-1]["role"] != "user":
+            raise DataError(
+                f"{where}, field {field!r}: the last message is of role {messages[-1]['role']!r}; "
+                "end the messages with the user's, which the policy answers."
+            )
+    elif not isinstance(value, str):
         raise DataError(
-            f"{where}, field {field!r}: {shorten(repr(value))} is of type {type(value).__name__}; write it as a text."
+            f"{where}, field {field!r}: {shorten(repr(value))} is of type {type(value).__name__}; write it as a text, "
+            'or as a list of messages {"role": ..., "content": ...}.'
         )
-    if not value.strip():
+    last = value if isinstance(value, str) else value[-1]["content"]
+    if not last.strip():
         raise DataError(f"{where}, field {field!r}: the text is empty. Write the problem, or remove the row.")
-    return value
+    return value if isinstance(value, str) else messages
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def with_suffix(problem: Problem, suffix: str) -> Problem:
+    if isinstance(problem, str):
+        return problem + suffix
+    return [*problem[:-1], {**problem[-1], "content": problem[-1]["content"] + suffix}]
 
 
 def answer_text(row: dict[str, Any], field: str, where: str) -> str:
@@ -153,19 +185,12 @@ def answer_text(row: dict[str, Any], field: str, where: str) -> str:
             f"{where}, field {field!r}: {shorten(repr(value))} is of type {type(value).__name__}; "
             "write the gold answer as a text or a number."
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}, field {field!r}: {value} is no answer. Write the gold answer, or remove the row.")
     text = format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
     if not text.strip():
         raise DataError(f"{where}, field {field!r}: the text is empty. Write the gold answer, or remove the row.")
     return text
-
-
-def field_of(row: dict[str, Any], field: str, where: str, setting: str) -> Any:
-    if field not in row:
-        raise DataError(
-            f"{where}: no field {field!r}; the row has {', '.join(map(repr, sorted(row)))}. "
-            f"Add it, or set {setting} to the name this file uses."
-        )
-    return row[field]
 
 
 def check_template(template: str, tokenizer: Any) -> None:
@@ -179,91 +204,18 @@ def check_template(template: str, tokenizer: Any) -> None:
         raise DataError(f"data.template={shorten(template)!r} is neither chat, nor none, nor a text with {{problem}}.")
 
 
-def render(problem: str, template: str, tokenizer: Any) -> str:
-    if template == "none":
-        return problem
+def render(problem: Problem, template: str, tokenizer: Any, where: str) -> str:
     if template == "chat":
-        messages = [{"role": "user", "content": problem}]
+        messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not isinstance(problem, str):
+        if len(problem) > 1:
+            raise DataError(f"{where}: {len(problem)} messages need a chat template. Set data.template to chat.")
+        problem = problem[0]["content"]
     # Not str.format: problems and templates are full of LaTeX braces.
-    return template.replace("{problem}", problem)
+    return problem if template == "none" else template.replace("{problem}", problem)
 
 
-def shorten(text: str, length: int = 120) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-class PromptStream:
-    """Endless epochs over the prompts, each in an order that depends only on (seed, epoch, ids).
-
-    A prompt comes once an epoch and never twice in one batch: where a batch crosses into the next epoch, the prompts
-    that it already holds are moved to the end of that epoch.
-    """
-
-    def __init__(self, prompts: list[Prompt], seed: int) -> None:
-        if not prompts:
-            raise DataError("PromptStream needs at least one prompt")
-        self.prompts = prompts
-        self.seed = seed
-        self.epoch = 0
-        self.position = 0
-        self._deferred: list[int] = []
-        self._order = self._shuffle()
-
-    def next(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts. Raises :class:`DataError` if the data set has fewer than ``n``."""
-        self.require(n)
-        taken = [int(i) for i in self._order[self.position : self.position + n]]
-        self.position += len(taken)
-        missing = n - len(taken)
-        if missing:
-            self.epoch += 1
-            self._deferred = taken
-            self._order = self._shuffle()
-            self.position = missing
-            taken = taken + [int(i) for i in self._order[:missing]]
-        return [self.prompts[i] for i in taken]
-
-    def require(self, n: int) -> None:
-        """Raises :class:`DataError` if the data set cannot fill a batch of ``n`` different prompts."""
-        if n > len(self.prompts):
-            raise DataError(
-                f"{n} different prompts were asked for at once and the data set has {len(self.prompts)}. "
-                f"Set train.prompts_per_step to {len(self.prompts)} or less, or bring more data."
-            )
-
-    def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs, JSON-able and no longer than a batch."""
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "deferred": list(self._deferred),
-            "prompts": len(self.prompts),
-            "fingerprint": self._fingerprint(),
-        }
-
-    def rewind(self) -> None:
-        """To the beginning."""
-        self.epoch, self.position, self._deferred = 0, 0, []
-        self._order = self._shuffle()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state` was taken. Raises :class:`DataError` if seed or prompts are others."""
-        for name, mine in (("seed", self.seed), ("prompts", len(self.prompts)), ("fingerprint", self._fingerprint())):
-            if state[name] != mine:
-                raise DataError(
-                    f"the checkpoint's data stream has {name} {state[name]!r} and this run has {mine!r}. Resume with "
-                    "the same data.train, data.max_prompt_tokens and seed, or start a new run_dir."
-                )
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._deferred = list(state["deferred"])
-        self._order = self._shuffle()
-
-    def _shuffle(self) -> np.ndarray:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts))
-        deferred = np.isin(order, self._deferred)
-        return np.concatenate([order[~deferred], order[deferred]])
-
-    def _fingerprint(self) -> str:
-        return hashlib.sha256("\0".join(prompt.id for prompt in self.prompts).encode()).hexdigest()[:16]
+def plain(value: Any) -> Any:
+    """What parquet has and JSON has not (dates, decimals, bytes) as text: records of samples are JSON."""
+    return value if isinstance(value, str | int | bool | None) else json.loads(json.dumps(value, default=str))

@@ -53,7 +53,7 @@ from typing import Any
 
 from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.ledger_schema import BEFORE, FILE, OPEN, SCHEMA, among
-from megatron_vespo.samples.payloads import PayloadReader, Payloads
+from megatron_vespo.samples.payloads import PayloadReader, Payloads, parts_of
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.rollback import Rollback, undo
 
@@ -106,6 +106,8 @@ class Ledger:
         # Taking the log back into the file costs an fsync of both: not every 4 MB, as by default.
         self._db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
         self._db.executescript(SCHEMA)
+        if "parts" not in {row[1] for row in self._db.execute("PRAGMA table_info(samples)")}:
+            self._db.execute("ALTER TABLE samples ADD COLUMN parts TEXT")  # of a run begun before there was one
         self._adopted = self._last("groups")
         """Groups up to this one were asked before this process, or before its last rollback."""
         self._newest_payload = self._last("payloads")
@@ -181,9 +183,9 @@ class Ledger:
 
     def scored(self, samples: Sequence[Sample]) -> None:
         """``grade`` and ``reward`` set."""
-        values = [(s.grade, s.reward, s.metadata.get("reward_error")) for s in samples]
+        values = [(s.grade, s.reward, s.metadata.get("reward_error"), parts_of(s)) for s in samples]
         with self._transaction():
-            self._move([s.id for s in samples], "scored", "grade = ?, reward = ?, error = ?", values)
+            self._move([s.id for s in samples], "scored", "grade = ?, reward = ?, error = ?, parts = ?", values)
 
     def recall(self, names: Sequence[str]) -> dict[str, list[Sample]]:
         """The groups among ``names`` of which every response is on disk and not assigned; scored ones have their
@@ -202,7 +204,7 @@ class Ledger:
         reader = PayloadReader(self.payloads)
         with self._mutex:
             rows = self._db.execute(
-                "SELECT payload, place, grade, reward, error FROM samples WHERE state = 'generating' ORDER BY id"
+                "SELECT payload, place, grade, reward, error, parts FROM samples WHERE state = 'generating' ORDER BY id"
             ).fetchall()
         return [reader.sample(*row) for row in rows]
 
@@ -369,7 +371,7 @@ class Ledger:
 
     def _samples_of(self, name: str) -> list[tuple[Any, ...]]:
         return self._db.execute(
-            "SELECT s.state, s.payload, s.place, s.grade, s.reward, s.error FROM groups g JOIN samples s "
+            "SELECT s.state, s.payload, s.place, s.grade, s.reward, s.error, s.parts FROM groups g JOIN samples s "
             "ON s.id BETWEEN g.first AND g.first + g.size - 1 WHERE g.name = ? AND NOT g.replaced ORDER BY s.id",
             (name,),
         ).fetchall()

@@ -46,6 +46,7 @@ CREATE TABLE IF NOT EXISTS samples (
     place INTEGER,                      -- in the payload
     whole INTEGER NOT NULL DEFAULT 0,   -- 0: the payload, if any, is of a response under way
     grade REAL, reward REAL, error TEXT,
+    parts TEXT,                         -- JSON, of a reward of several parts
     CHECK ((version IS NOT NULL) = (state IN ('assigned', 'trained', 'dropped'))),
     CHECK ((reason IS NOT NULL) = (state = 'dropped'))
 ) STRICT;

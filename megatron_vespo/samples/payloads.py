@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -57,12 +58,22 @@ class PayloadReader:
         self.payloads = payloads
         self._read: dict[int, list[Sample]] = {}
 
-    def sample(self, number: int, place: int, grade: float | None, reward: float | None, error: str | None) -> Sample:
-        """With what the ledger knows of its reward."""
+    def sample(
+        self, number: int, place: int, grade: float | None, reward: float | None, error: str | None, parts: str | None
+    ) -> Sample:
+        """With what the ledger knows of its reward; ``parts``: JSON."""
         if number not in self._read:
             self._read[number] = read_batch(self.payloads.path(number))
         sample = self._read[number][place]
         sample.grade, sample.reward = grade, reward
         if error is not None:
             sample.metadata["reward_error"] = error
+        if parts is not None:
+            sample.metadata["reward_parts"] = json.loads(parts)
         return sample
+
+
+def parts_of(sample: Sample) -> str | None:
+    """What the parts of its reward said, as the ledger keeps it: JSON; None: its reward has one part."""
+    parts = sample.metadata.get("reward_parts")
+    return None if parts is None else json.dumps(parts)
