@@ -15,16 +15,17 @@ import logging
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_vespo.rollout.balance import Balance
 from megatron_vespo.rollout.client import calls_of
 from megatron_vespo.rollout.health import sign_of_life
-from megatron_vespo.rollout.jobs import Job, Piece
+from megatron_vespo.rollout.jobs import Job, Parts, Piece
 from megatron_vespo.rollout.occupancy import Occupancy
 from megatron_vespo.rollout.protocol import Engine, EngineDown, EngineError, Generation
 from megatron_vespo.rollout.restart import Restarts
+from megatron_vespo.rollout.seats import Call, Seat
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ TICK_S = 0.25
 PING_EVERY_S = 5.0
 ABORT_GRACE_S = 30.0
 """Within it an engine gives back what was aborted, or it hangs."""
+SURRENDER_S = 10.0
+"""What an engine has not given back by then is left out of :meth:`Dispatcher.surrender`."""
+SURRENDER_AGAIN_S = 0.25
+"""A call that had not reached its engine when that was told to end everything is ended by the next time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +49,6 @@ class Patience:
     hang_timeout_s: float = 300.0
     max_restarts: int = 3
     restart_delay_s: float = 1.0
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """One HTTP call under way."""
-
-    pieces: list[Piece]
-    work: list[int]
-    left_s: float
-    """Until it is cut."""
-    cut: bool = False
-    task: asyncio.Task[None] | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Seat:
-    """An engine's place in the pool; the engine in it may be replaced."""
-
-    index: int
-    engine: Engine
-    state: Literal["up", "restarting", "stale", "lost"] = "up"
-    """stale: it runs again, and gets no request before it has been given the newest weights."""
-    calls: list[Call] = field(default_factory=list)
-    busy: int = 0
-    """Control calls under way, which have a time limit of their own: loading weights, it gives no sign of life."""
-    watch: asyncio.Task[None] | None = None
 
 
 class Dispatcher:
@@ -100,7 +79,8 @@ class Dispatcher:
                 raise ValueError(f"request id {job.request.id!r} is that of a running request")
         for job in jobs:
             self._jobs[job.request.id] = job
-            self._waiting.append(job.whole())
+            self._waiting.extend(job.pieces())
+            self._forget(job)
         self._schedule()
 
     async def abort(self, request_id: str | None) -> None:
@@ -147,6 +127,27 @@ class Dispatcher:
             for call in list(seat.calls):
                 self._end(seat, call)
         self._jobs.clear()
+
+    async def surrender(self) -> dict[str, Parts]:
+        """By request: what there is of its responses under way. They are cut for it and go on in other calls, of which
+        the cut is no failure."""
+        loop = asyncio.get_running_loop()
+        running = [(seat, call) for seat in self.seats for call in seat.calls]
+        for _, call in running:
+            call.surrendered = True
+        # Nothing is sent meanwhile, so that an engine may be told to end all that it has: one message, however many.
+        before, self.paused = self.paused, True
+        deadline = loop.time() + SURRENDER_S
+        try:
+            while loop.time() < deadline and (seats := {seat.index for seat, call in running if call in seat.calls}):
+                await asyncio.gather(*(self._abort(self.seats[index], None) for index in seats))
+                left = [call.task for seat, call in running if call in seat.calls and call.task is not None]
+                if left:
+                    await asyncio.wait(left, timeout=SURRENDER_AGAIN_S)
+        finally:
+            self.paused = before
+            self._schedule()
+        return {name: job.parts for name, job in self._jobs.items() if not job.aborted}
 
     def resume(self) -> None:
         self.paused = False
@@ -240,9 +241,12 @@ class Dispatcher:
 
     def _take(self, seat: Seat, call: Call, piece: Piece, answer: list[Generation]) -> None:
         self.balance.computed(seat.index, piece.request, [generation.tokens for generation in answer])
-        reason = f"{seat.engine.url}: not done within {self._timeout:g} s (rollout.request_timeout_s)"
-        rest = [piece.job.rest(piece, i, seat.index, reason) for i in piece.job.add(piece, answer, cut=call.cut)]
-        self._requeue(rest)
+        unfinished = piece.job.add(piece, answer, cut=call.cut or call.surrendered)
+        if call.cut:
+            reason = f"{seat.engine.url}: not done within {self._timeout:g} s (rollout.request_timeout_s)"
+            self._requeue([piece.job.rest(piece, i, (seat.index, reason)) for i in unfinished])
+        else:
+            self._waiting.extendleft(reversed([piece.job.rest(piece, i, None) for i in unfinished]))
         self._forget(piece.job)
 
     def _end(self, seat: Seat, call: Call) -> list[Piece]:
