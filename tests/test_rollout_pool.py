@@ -228,6 +228,18 @@ def test_what_there_is_is_told_and_goes_on_as_if_nobody_had_asked(pools: list[En
     ].sampling.max_tokens == 65
 
 
+def test_what_had_a_call_of_its_own_has_one_again(pools: list[EnginePool]) -> None:
+    """One call for all would give back the short ones with the longest."""
+    engine = FakeEngine("http://engine", tokens_per_s=100)
+    pool = make(pools, engine)
+    (short,) = pool.submit([request("short", 30, n=2)])
+    pool.submit([request("long", 500), request("too", 500)])
+    time.sleep(0.1)
+    pool.partials()
+    assert short.result(timeout=1)[0].finish_reason == "length"
+    assert sorted(engine.calls[2:]) == [["long~2", "too~2"], ["short~2", "short~3"]]
+
+
 def test_what_another_pool_has_of_a_request_is_not_sampled_again(pools: list[EnginePool]) -> None:
     first = make(pools, FakeEngine("http://first", tokens_per_s=100, version=1))
     first.submit([request("a", 40, n=3, prompt=5, seed=7)])

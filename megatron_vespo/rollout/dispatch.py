@@ -15,7 +15,8 @@ import logging
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count, groupby
 from typing import Any
 
 from megatron_vespo.rollout.balance import Balance
@@ -67,6 +68,7 @@ class Dispatcher:
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = False
+        self._numbers = count()
 
     # --- asked by the pool --------------------------------------------------------------------------------------
 
@@ -77,9 +79,10 @@ class Dispatcher:
         for job in jobs:
             if job.request.id in self._jobs:
                 raise ValueError(f"request id {job.request.id!r} is that of a running request")
+        together = next(self._numbers)
         for job in jobs:
             self._jobs[job.request.id] = job
-            self._waiting.extend(job.pieces())
+            self._waiting.extend(replace(piece, together=together) for piece in job.pieces())
             self._forget(job)
         self._schedule()
 
@@ -204,8 +207,10 @@ class Dispatcher:
                 break
             shares.setdefault(index, []).append((self._waiting.popleft(), self.balance.begin(index, piece.request)))
         for index, share in shares.items():
-            for items in calls_of(share, lambda item: item[0].request):
-                self._send(self.seats[index], Call([p for p, _ in items], [w for _, w in items], self._timeout))
+            for _, together in groupby(share, lambda item: item[0].together):
+                for items in calls_of(list(together), lambda item: item[0].request):
+                    pieces, work = [piece for piece, _ in items], [work for _, work in items]
+                    self._send(self.seats[index], Call(pieces, work, self._timeout, next(self._numbers)))
 
     @property
     def _timeout(self) -> float:
@@ -235,19 +240,22 @@ class Dispatcher:
                 self._forget(piece.job)
         else:
             self.restarts.in_a_row[seat.index] = 0
-            for piece, answer in zip(self._end(seat, call), answers, strict=True):
-                self._take(seat, call, piece, answer)
+            pairs = zip(self._end(seat, call), answers, strict=True)
+            rest = [left for pair in pairs for left in self._take(seat, call, *pair)]
+            if call.cut:
+                self._requeue(rest)
+            else:
+                self._waiting.extendleft(reversed(rest))
         self._schedule()
 
-    def _take(self, seat: Seat, call: Call, piece: Piece, answer: list[Generation]) -> None:
+    def _take(self, seat: Seat, call: Call, piece: Piece, answer: list[Generation]) -> list[Piece]:
+        """What is left to ask for where the call was cut."""
         self.balance.computed(seat.index, piece.request, [generation.tokens for generation in answer])
+        late = f"{seat.engine.url}: not done within {self._timeout:g} s (rollout.request_timeout_s)"
+        not_on = (seat.index, late) if call.cut else None
         unfinished = piece.job.add(piece, answer, cut=call.cut or call.surrendered)
-        if call.cut:
-            reason = f"{seat.engine.url}: not done within {self._timeout:g} s (rollout.request_timeout_s)"
-            self._requeue([piece.job.rest(piece, i, (seat.index, reason)) for i in unfinished])
-        else:
-            self._waiting.extendleft(reversed([piece.job.rest(piece, i, None) for i in unfinished]))
         self._forget(piece.job)
+        return [replace(piece.job.rest(piece, i, not_on), together=call.number) for i in unfinished]
 
     def _end(self, seat: Seat, call: Call) -> list[Piece]:
         """The call is over, answered or given up; returns its pieces."""

@@ -44,7 +44,7 @@ class Job:
 
     def again(self, piece: Piece, reason: str) -> Piece:
         """``piece`` once more, nothing of which has come back; under another id, since the old may still be running."""
-        return Piece(self, self._named(piece.request), piece.first, (*piece.retries, reason))
+        return replace(piece, request=self._named(piece.request), retries=(*piece.retries, reason), not_on=None)
 
     def rest(self, piece: Piece, index: int, not_on: tuple[int, str] | None) -> Piece:
         """What is left to ask for of response ``index``, which ``piece`` was cut in. ``not_on``: where it was too slow:
@@ -124,6 +124,8 @@ class Piece:
     retries: tuple[str, ...] = ()
     not_on: int | None = None
     """The engine that was too slow with it."""
+    together: int = 0
+    """Pieces of different numbers share no call: those of one would wait for the longest of another."""
 
     def too_often(self, limit: int) -> EngineError | None:
         """The error to end with, where it was asked for again more than ``limit`` times."""

@@ -18,6 +18,8 @@ class Call:
     work: list[int]
     left_s: float
     """Until it is cut."""
+    number: int
+    """What is left of its responses where it is cut shares a call again, with each other."""
     cut: bool = False
     """It takes too long."""
     surrendered: bool = False
