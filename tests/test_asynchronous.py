@@ -311,6 +311,25 @@ def test_responses_under_way_at_a_checkpoint_go_on_after_a_restart(
     assert "went on from the" in account_table(counted)
 
 
+def test_killed_again_before_the_next_checkpoint_a_run_goes_on_from_the_same_one(tmp_path: Path) -> None:
+    order = [int(p.id) for p in fake_run(tmp_path / "order").prompts.next(PROMPTS)]
+    lengths = tuple(12 + 2 * order.index(i) for i in range(PROMPTS))
+    options: dict[str, Any] = {"lengths": lengths, "step_s": 0.004, "asynchronous": {"max_staleness": 3}}
+    first = fake_run(tmp_path, checkpoint={"every": 3}, **options)
+    train_until(first, 5)
+    state = read_state(tmp_path / "checkpoints" / "step_000003")
+    train_until(fake_run(tmp_path, resumed=state, **options), 4)
+    last = fake_run(tmp_path, resumed=state, **options)
+    train(last)
+    names = Counter(s.id for batch in trained(first)[:3] + trained(last) for s in batch)
+    assert len(names) == 6 * 4 * 2 and set(names.values()) == {1}
+    for s in (s for batch in trained(last) for s in batch):
+        assert s.response_tokens.tolist() == list(range(lengths[int(s.prompt.id)]))
+    assert_old_logprobs(last, 3, exact=True)
+    counted = account(tmp_path)
+    assert counted.balances and all(rollback[5] > 0 for rollback in counted.rollbacks)
+
+
 def test_an_engine_that_comes_back_without_weights_gets_them_from_the_thread_that_trains(tmp_path: Path) -> None:
     run = fake_run(tmp_path, asynchronous={"max_staleness": 1}, step_s=0.002)
     first = run.engines.engine  # type: ignore[attr-defined]
