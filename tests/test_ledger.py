@@ -186,6 +186,10 @@ def test_a_whole_response_may_go_on_from_its_beginning_after_a_rollback(tmp_path
         with pytest.raises(LedgerError, match="0/train/p8"):
             ledger.continued([*beginnings, responses(["0/train/p8"])[0]])
         assert states(tmp_path)[samples[0].id] == "scored", "nothing of a call that fails is written"
+        files = len(list((tmp_path / "pending").iterdir()))
+        ledger.continued([])
+        ledger.rewritten([])
+        assert len(list((tmp_path / "pending").iterdir())) == files
         ledger.continued(beginnings[:5])
         assert {states(tmp_path)[s.id] for s in samples[:5]} == {"generating"}
         assert [s.reward for s in ledger.begun(names)[names[0]]] == [None, None]

@@ -6,7 +6,7 @@ A *group* is one prompt asked for ``size`` responses; a *sample* is one of these
       └───────────┴──────────────┴───────────┴──────────────┴─────────► dropped(reason)
 
 ``version`` is the weight version that the update begins from (dropped: the version then). ``generating`` is optional: a
-response under way whose tokens so far, each with its version, are worth keeping (an async loop's partial responses).
+response under way whose tokens so far, each with its version, are kept (those of an async loop at a checkpoint).
 
 How a loop uses it (every method is one transaction, and returns when it is committed):
 
@@ -49,7 +49,7 @@ import fcntl
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,29 +190,17 @@ class Ledger:
     def recall(self, names: Sequence[str]) -> dict[str, list[Sample]]:
         """The groups among ``names`` of which every response is on disk and not assigned; scored ones have their
         rewards. Raises StoreError where a payload cannot be read."""
-        found: dict[str, list[Sample]] = {}
-        reader = PayloadReader(self.payloads)
-        with self._mutex:
-            for name in names:
-                rows = self._samples_of(name)
-                if rows and all(row[0] in WHOLE for row in rows):
-                    found[name] = [reader.sample(*row[1:]) for row in rows]
-        return found
+        return self._read(names, lambda states: states <= set(WHOLE))
 
     def begun(self, names: Sequence[str]) -> dict[str, list[Sample]]:
         """Of groups among ``names`` with responses under way on disk: all that is there of each. Raises StoreError."""
-        found: dict[str, list[Sample]] = {}
-        reader = PayloadReader(self.payloads)
-        with self._mutex:
-            for name in names:
-                rows = [row for row in self._samples_of(name) if row[0] in ("generating", *WHOLE)]
-                if any(row[0] == "generating" for row in rows):
-                    found[name] = [reader.sample(*row[1:]) for row in rows]
-        return found
+        return self._read(names, lambda states: "generating" in states)
 
     def continued(self, samples: Sequence[Sample]) -> None:
         """After a rollback: what these hold replaces whatever there is of them, rewards too, and they are under way
         again. Counted are those that go on (``abort``) from a token or more."""
+        if not samples:
+            return
         with self._stored(samples) as payload:
             rows = self._rows(s.id for s in samples)
             self._db.executemany(
@@ -371,12 +359,20 @@ class Ledger:
             rows.append(first + int(place))
         return rows
 
-    def _samples_of(self, name: str) -> list[tuple[Any, ...]]:
-        return self._db.execute(
-            "SELECT s.state, s.payload, s.place, s.grade, s.reward, s.error FROM groups g JOIN samples s "
-            "ON s.id BETWEEN g.first AND g.first + g.size - 1 WHERE g.name = ? AND NOT g.replaced ORDER BY s.id",
-            (name,),
-        ).fetchall()
+    def _read(self, names: Sequence[str], wanted: Callable[[set[str]], bool]) -> dict[str, list[Sample]]:
+        """What is on disk of the groups among ``names`` whose samples are in states that are wanted."""
+        found: dict[str, list[Sample]] = {}
+        reader = PayloadReader(self.payloads)
+        with self._mutex:
+            for name in names:
+                rows = self._db.execute(
+                    "SELECT s.state, s.payload, s.place, s.grade, s.reward, s.error FROM groups g JOIN samples s "
+                    "ON s.id BETWEEN g.first AND g.first + g.size - 1 WHERE g.name = ? AND NOT replaced ORDER BY s.id",
+                    (name,),
+                ).fetchall()
+                if rows and wanted({row[0] for row in rows}):
+                    found[name] = [reader.sample(*row[1:]) for row in rows if row[0] != "asked"]
+        return found
 
     def _last(self, table: str) -> int:
         return self._db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0]
