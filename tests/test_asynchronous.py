@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from megatron_vespo.rollout import EngineError, EnginePool
 from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.samples.accounting import account, account_table
 from megatron_vespo.samples.records import Sample
-from megatron_vespo.samples.staleness import versions_of
 from megatron_vespo.samples.store import read_batch
 
 SLOW_ENGINE = {"step_s": 0.002, "update_s": 0.0}
@@ -46,6 +46,10 @@ def train(run: Run) -> None:
 
 def trained(run: Run) -> list[list[Sample]]:
     return run.trainers.trained  # type: ignore[attr-defined]
+
+
+def versions_of(samples: Iterable[Sample]) -> set[int]:
+    return {int(version) for sample in samples for version in sample.weight_versions}
 
 
 def lags(batches: list[list[Sample]]) -> np.ndarray:
