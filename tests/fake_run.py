@@ -32,17 +32,26 @@ PROMPTS = 40
 
 
 class SteppingEngine(FakeEngine):
-    """Samples a token of every response each ``step_s``, by the weights it has then; a response to prompt p is
-    ``lengths[p]`` tokens long (cut at the limit)."""
+    """Samples a token of every response each ``step_s``, by the weights it has then; a response to prompt p (one token)
+    is ``lengths[p]`` tokens long (cut at the limit), and token t of it is t."""
 
     def __init__(self, lengths: Sequence[int], step_s: float) -> None:
         super().__init__("http://fake")
         self.lengths, self.step_s = lengths, step_s
         self.ended: dict[str, str] = {}
         """Request -> how its responses ended."""
+        self.running: set[str] = set()
+        self.logprob = -1.0
+        """Of every token."""
+
+    def abort(self, request_id: str | None = None) -> None:
+        self._check()
+        self.aborted |= self.running if request_id is None else {request_id}
 
     async def _sampled(self, request: GenerateRequest) -> list[Generation]:
-        length = min(self.lengths[int(request.prompt_tokens[0])], request.sampling.max_tokens)
+        before = len(request.prompt_tokens) - 1
+        length = min(self.lengths[int(request.prompt_tokens[0])] - before, request.sampling.max_tokens)
+        self.running.add(request.id)
         versions: list[int] = []
         reason = "stop"
         while len(versions) < length:
@@ -54,10 +63,11 @@ class SteppingEngine(FakeEngine):
                 break
             if not self.paused:
                 versions.append(self.version)
+        self.running.discard(request.id)
         self.ended[request.id] = reason
-        tokens = np.arange(len(versions), dtype=np.int32)
+        tokens = np.arange(before, before + len(versions), dtype=np.int32)
         return [
-            Generation(tokens, -np.ones(len(versions), np.float32), np.array(versions, np.int32), reason)  # type: ignore[arg-type]
+            Generation(tokens, np.full(len(versions), self.logprob, np.float32), np.array(versions, np.int32), reason)  # type: ignore[arg-type]
             for _ in range(request.n)
         ]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,8 @@ from megatron_vespo.observe.records import read_records
 from megatron_vespo.policy.checkpoint import read_state
 from megatron_vespo.rollout import EngineError, EnginePool
 from megatron_vespo.rollout.restart import ServedWeights
-from megatron_vespo.samples.accounting import account
+from megatron_vespo.samples.accounting import account, account_table
 from megatron_vespo.samples.records import Sample
-from megatron_vespo.samples.staleness import versions_of
 from megatron_vespo.samples.store import read_batch
 
 SLOW_ENGINE = {"step_s": 0.002, "update_s": 0.0}
@@ -45,6 +46,10 @@ def train(run: Run) -> None:
 
 def trained(run: Run) -> list[list[Sample]]:
     return run.trainers.trained  # type: ignore[attr-defined]
+
+
+def versions_of(samples: Iterable[Sample]) -> set[int]:
+    return {int(version) for sample in samples for version in sample.weight_versions}
 
 
 def lags(batches: list[list[Sample]]) -> np.ndarray:
@@ -206,22 +211,39 @@ def test_an_error_on_either_side_ends_the_run_with_itself(tmp_path: Path, side: 
     assert 2 <= run.version <= 5
 
 
-@pytest.mark.parametrize("old_logprobs", ["exact", "engine"])
-def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path: Path, old_logprobs: str) -> None:
-    settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "sync_every": 2}
-    longer = {"steps": 9}
-    run = fake_run(tmp_path, asynchronous=settings, checkpoint={"every": 3}, train=longer, **SLOW_TRAINER)
+def train_until(run: Run, version: int) -> None:
+    """Interrupted where it would make the update from ``version``."""
     original = run.trainers.train_mini_batch
 
     def interrupted(samples: list[Sample]) -> Any:
-        if run.version == 5:
+        if run.version == version:
             raise KeyboardInterrupt
         return original(samples)
 
     run.trainers.train_mini_batch = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         train(run)
+    run.saves.settle()
+    run.engines.pool.forsake()
     run.ledger.close()
+
+
+def assert_old_logprobs(run: Run, first: int, exact: bool) -> None:
+    """What the fake trainer says of each token: minus its version, or -1 for the current one. No weights are asked for
+    that were gone when the run began."""
+    for version, batch in enumerate(trained(run), start=first):
+        for s in batch:
+            expected = np.where(s.weight_versions == version, -1.0, -s.weight_versions.astype(np.float64))
+            np.testing.assert_array_equal(s.old_logprobs, expected if exact else s.rollout_logprobs)
+    assert all(version is None or version >= first for version, _ in run.trainers.old_passes)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("old_logprobs", ["exact", "engine"])
+def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path: Path, old_logprobs: str) -> None:
+    settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "sync_every": 2}
+    longer = {"steps": 9}
+    run = fake_run(tmp_path, asynchronous=settings, checkpoint={"every": 3}, train=longer, **SLOW_TRAINER)
+    train_until(run, 5)
     state = read_state(tmp_path / "checkpoints" / "step_000003")
     assert state["step"] == 3 and state["rollouts"]["open"] > 4
 
@@ -235,18 +257,81 @@ def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path
     names = Counter(s.id for batch in both for s in batch)
     assert len(names) == 9 * 4 * 2 and set(names.values()) == {1}, "each once, none left out"
     assert 4 not in versions_of(s for batch in trained(resumed) for s in batch)
+    assert_old_logprobs(resumed, 3, old_logprobs == "exact")
     last = accounts_balance(resumed)
     assert last["rollouts/trained"] == 36 and last["rollouts/open"] == 0
     # By version 2 at most, as the sync after it was the last before the checkpoint at 3.
-    from_disk = state["rollouts"]["open"] - last["rollouts/sampled_again"]
-    assert (from_disk > 0) == (old_logprobs == "engine")
+    opened, again = state["rollouts"]["open"], last["rollouts/sampled_again"]
     said = resumed.progress.console.file.getvalue()  # type: ignore[attr-defined]
-    assert (
-        f"{state['rollouts']['open']} prompt groups were open at the checkpoint: {from_disk:.0f} are trained from"
-        in said
+    found = re.search(
+        rf"{opened} prompt groups were open at the checkpoint: (\d+) are trained from disk, (\d+) go", said
     )
+    assert found and int(found[1]) > 0 and int(found[1]) + int(found[2]) + again == opened
     accounts = account(tmp_path)
     assert accounts.balances
+
+
+@pytest.mark.parametrize("old_logprobs", ["exact", "engine"])
+@pytest.mark.parametrize("too_stale", ["wait", "drop"])
+def test_responses_under_way_at_a_checkpoint_go_on_after_a_restart(
+    tmp_path: Path, old_logprobs: str, too_stale: str
+) -> None:
+    order = [int(p.id) for p in fake_run(tmp_path / "order").prompts.next(PROMPTS)]
+    lengths = tuple(12 + 2 * order.index(i) for i in range(PROMPTS))
+    settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "too_stale": too_stale}
+    options: dict[str, Any] = {"lengths": lengths, "step_s": 0.004, "asynchronous": settings}
+    run = fake_run(tmp_path, checkpoint={"every": 3}, **options)
+    kept: list[Sample] = []
+    store = run.ledger.generating
+
+    def generating(samples: list[Sample]) -> None:
+        kept.extend(samples)
+        store(samples)
+
+    run.ledger.generating = generating  # type: ignore[method-assign]
+    train_until(run, 5)  # in the meantime some of them have come to their end, by weights that are lost
+    assert any(s.finish_reason == "abort" for s in kept)
+    assert {v for s in kept for v in s.weight_versions} >= {2, 3}
+
+    state = read_state(tmp_path / "checkpoints" / "step_000003")
+    resumed = fake_run(tmp_path, resumed=state, **options)
+    resumed.engines.engine.logprob = -2.0  # type: ignore[attr-defined]
+    train(resumed)
+    trained_now = {s.id: s for batch in trained(resumed) for s in batch}
+    went_on = [s for s in kept if s.id in trained_now]
+    assert len(went_on) > 4
+    for part in went_on:
+        whole, count = trained_now[part.id], len(part.response_tokens)
+        for name in ("response_tokens", "rollout_logprobs", "weight_versions"):
+            np.testing.assert_array_equal(getattr(whole, name)[:count], getattr(part, name))
+        assert whole.response_tokens.tolist() == list(range(lengths[int(part.prompt.id)]))
+    for s in trained_now.values():
+        assert (s.rollout_logprobs[s.weight_versions > 3] == -2.0).all(), "sampled by weights that are lost"
+    assert_old_logprobs(resumed, 3, old_logprobs == "exact")
+    of_both = [s.id for s in trained_now.values() if set(s.rollout_logprobs) == {-1.0, -2.0}]
+    assert 4 < len(of_both) <= accounts_balance(resumed)["rollouts/continued"] * 2
+    counted = account(tmp_path)
+    assert counted.balances and counted.rollbacks[-1][5] >= len(of_both)
+    assert "went on from the" in account_table(counted)
+
+
+def test_killed_again_before_the_next_checkpoint_a_run_goes_on_from_the_same_one(tmp_path: Path) -> None:
+    order = [int(p.id) for p in fake_run(tmp_path / "order").prompts.next(PROMPTS)]
+    lengths = tuple(12 + 2 * order.index(i) for i in range(PROMPTS))
+    options: dict[str, Any] = {"lengths": lengths, "step_s": 0.004, "asynchronous": {"max_staleness": 3}}
+    first = fake_run(tmp_path, checkpoint={"every": 3}, **options)
+    train_until(first, 5)
+    state = read_state(tmp_path / "checkpoints" / "step_000003")
+    train_until(fake_run(tmp_path, resumed=state, **options), 4)
+    last = fake_run(tmp_path, resumed=state, **options)
+    train(last)
+    names = Counter(s.id for batch in trained(first)[:3] + trained(last) for s in batch)
+    assert len(names) == 6 * 4 * 2 and set(names.values()) == {1}
+    for s in (s for batch in trained(last) for s in batch):
+        assert s.response_tokens.tolist() == list(range(lengths[int(s.prompt.id)]))
+    assert_old_logprobs(last, 3, exact=True)
+    counted = account(tmp_path)
+    assert counted.balances and all(rollback[5] > 0 for rollback in counted.rollbacks)
 
 
 def test_an_engine_that_comes_back_without_weights_gets_them_from_the_thread_that_trains(tmp_path: Path) -> None:

@@ -103,6 +103,29 @@ def test_ahead_of_training_responses_go_on_under_new_weights(modes: Modes) -> No
     assert ours.steps()[-1]["rollouts/open"] == 0 and ours.steps()[-1]["k3_stale"] > 1e-5
 
 
+def test_a_resumed_run_goes_on_behind_what_weights_that_are_left_had_sampled(modes: Modes) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "train": {"mode": "asynchronous", "steps": 6},
+        "asynchronous": {"max_staleness": 2},
+        "rollout": {"max_response_tokens": 96},
+        "checkpoint": {"every": 3, "keep": 9},
+        "evaluate": {"every": 0},
+    }
+    ours = modes.finished("going", **settings)
+    theirs = modes.resumed(ours, "going_on", 3, **settings)
+    before = {s.id: s for batch in ours.samples() for s in batch if s.trained_version >= 3}
+    after = {s.id: s for batch in theirs.samples() for s in batch if s.trained_version >= 3}
+    assert len(after) == 3 * 4 * 4 and theirs.steps()[-1]["rollouts/continued"] > 0
+    beginnings = [(name, int((s.weight_versions <= 3).sum())) for name, s in before.items() if name in after]
+    for name, count in beginnings:
+        for field in ("response_tokens", "rollout_logprobs", "weight_versions"):
+            assert np.array_equal(getattr(before[name], field)[:count], getattr(after[name], field)[:count])
+    assert any(0 < count < len(before[name].response_tokens) for name, count in beginnings)
+    for record in theirs.steps():
+        # On two ranks, and half of it computed at the checkpoint.
+        assert record["rollout_logprob_diff"] < 1e-5 and record["mismatch/max"] < 1e-4
+
+
 def test_with_the_engines_own_logprobs_nothing_is_said_of_its_mismatch(modes: Modes) -> None:
     settings = {"max_staleness": 1, "old_logprobs": "engine"}
     ours = modes.finished("engine", train={"mode": "asynchronous"}, asynchronous=settings)

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from fake_engines import FakeEngine, request
 
-from megatron_vespo.rollout import EngineError, EnginePool, Patience, dispatch
+from megatron_vespo.rollout import (
+    EngineError,
+    EnginePool,
+    GenerateRequest,
+    Generation,
+    Patience,
+    SamplingParams,
+    dispatch,
+)
+from megatron_vespo.rollout.jobs import Job
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +196,123 @@ def test_what_is_aborted_while_it_is_being_cut_is_not_continued(pools: list[Engi
     pool.abort("a")
     engine.deaf = False
     assert future.result(timeout=2)[0].finish_reason == "abort" and len(engine.asked) == 1
+
+
+def test_what_there_is_is_told_and_goes_on_as_if_nobody_had_asked(pools: list[EnginePool]) -> None:
+    engines = [FakeEngine(f"http://engine-{i}", tokens_per_s=100, version=1) for i in range(2)]
+    pool = make(pools, *engines, in_flight=2, request_retries=0)
+    names = ("running", "other", "waiting")
+    futures = pool.submit([request(name, 60, n=2, prompt=5, seed=7) for name in names])
+    time.sleep(0.2)
+    parts = pool.partials()
+    assert set(parts) == set(names) and parts["waiting"] == [None, None]
+    for name in names[:2]:
+        for part in parts[name]:
+            assert part is not None and part.finish_reason == "abort" and 5 <= len(part.tokens) <= 50
+            assert part.tokens.tolist() == list(range(5, 5 + len(part.tokens)))
+    for engine in engines:
+        engine.version = 2
+    again = pool.partials()
+    for future, name in zip(futures, names, strict=True):
+        for got, first, second in zip(future.result(timeout=5), parts[name], again[name], strict=True):
+            assert got.tokens.tolist() == list(range(5, 65)) and got.logprobs.tolist() == [-p for p in range(5, 65)]
+            assert got.finish_reason == "length" and got.retries == ()
+            begun = 0 if first is None else len(first.tokens)
+            assert got.weight_versions.tolist() == [1] * begun + [2] * (60 - begun)
+            assert second is None or got.tokens[: len(second.tokens)].tolist() == second.tokens.tolist()
+    # No retry, though none is allowed; and nobody is asked for what it has given back.
+    assert pool.take_counts() == {}
+    later = [asked for engine in engines for asked in engine.asked if asked.id == "running~2"]
+    assert [(r.n, r.seed) for r in later] == [(1, 7)] and len(later[0].prompt_tokens) + later[
+        0
+    ].sampling.max_tokens == 65
+
+
+def test_what_had_a_call_of_its_own_has_one_again(pools: list[EnginePool]) -> None:
+    """One call for all would give back the short ones with the longest."""
+    engine = FakeEngine("http://engine", tokens_per_s=100)
+    pool = make(pools, engine)
+    (short,) = pool.submit([request("short", 30, n=2)])
+    pool.submit([request("long", 500), request("too", 500)])
+    time.sleep(0.1)
+    pool.partials()
+    assert short.result(timeout=1)[0].finish_reason == "length"
+    assert sorted(engine.calls[2:]) == [["long~2", "too~2"], ["short~2", "short~3"]]
+
+
+def test_what_another_pool_has_of_a_request_is_not_sampled_again(pools: list[EnginePool]) -> None:
+    first = make(pools, FakeEngine("http://first", tokens_per_s=100, version=1))
+    first.submit([request("a", 40, n=3, prompt=5, seed=7)])
+    time.sleep(0.1)
+    (part, whole, _) = first.partials()["a"]
+    assert part is not None and whole is not None
+    whole.finish_reason = "stop"
+    engine = FakeEngine("http://second", version=2)
+    second = make(pools, engine)
+    new, done = second.submit([request("a", 40, n=3, prompt=5, seed=7), request("b")], [[part, whole, None], None])
+    begun, ended, fresh = new.result(timeout=5)
+    assert begun.tokens.tolist() == fresh.tokens.tolist() == list(range(5, 45))
+    assert begun.weight_versions.tolist() == [1] * len(part.tokens) + [2] * (40 - len(part.tokens))
+    assert ended is whole and fresh.weight_versions.tolist() == [2] * 40
+    assert [(r.id, r.n, r.seed, len(r.prompt_tokens)) for r in engine.asked if r.id != "b"] == [
+        ("a", 1, 7, 5 + len(part.tokens)),
+        ("a~2", 1, 9, 5),
+    ]
+    assert len(done.result(timeout=5)[0].tokens) == 10
+    # One of which all is there is not asked for at all, and its name may be used again.
+    for _ in range(2):
+        (again,) = second.submit([request("c", 40)], [[whole]])
+        assert again.result(timeout=5) == [whole] and engine.asked[-1].id == "b"
+
+
+def test_an_engine_that_gives_nothing_back_is_waited_for_no_longer_than_it_may(
+    pools: list[EnginePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "SURRENDER_S", 0.3)
+    deaf, quick = FakeEngine("http://deaf", tokens_per_s=50), FakeEngine("http://quick", tokens_per_s=50)
+    pool = make(pools, deaf, quick)
+    deaf.deaf = True
+    futures = pool.submit([request("a", 60), request("b", 60)])
+    time.sleep(0.2)
+    started = time.monotonic()
+    parts = pool.partials()
+    assert time.monotonic() - started < 1
+    assert sorted(part is not None for (part,) in parts.values()) == [False, True]
+    deaf.deaf = False  # it comes after all
+    for future in futures:
+        assert len(future.result(timeout=5)[0].tokens) == 60 and future.result()[0].finish_reason == "length"
+    assert pool.take_counts() == {} and pool.healthy()
+
+
+def test_a_call_that_had_not_reached_its_engine_is_cut_too(pools: list[EnginePool]) -> None:
+    engine = FakeEngine("http://engine", tokens_per_s=100)
+    pool = make(pools, engine)
+    (future,) = pool.submit([request("a", 1000)])
+    deafness = threading.Timer(0.3, lambda: setattr(engine, "deaf", False))
+    engine.deaf = True
+    forgetful = engine.abort
+
+    def abort(request_id: str | None = None) -> None:
+        if not engine.deaf:
+            forgetful(request_id)
+
+    engine.abort = abort  # type: ignore[method-assign]
+    deafness.start()
+    (part,) = pool.partials()["a"]
+    assert part is not None and not future.done()
+
+
+@pytest.mark.parametrize(("last", "reason"), [(7, "stop"), (999, "length")])
+def test_a_response_cut_in_the_step_of_its_last_token_is_whole(last: int, reason: str) -> None:
+    """SGLang looks at what was aborted before it looks at what was sampled."""
+    asked = GenerateRequest("a", np.arange(3, dtype=np.int32), SamplingParams(max_tokens=2, stop_token_ids=(7,)))
+    job = Job(asked)
+    (piece,) = job.pieces()
+    tokens = np.array([5, last], np.int32)[: 1 if last == 7 else 2]
+    tokens[-1] = last
+    cut = Generation(tokens, np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.int32), "abort")
+    assert job.add(piece, [cut], cut=True) == []
+    assert job.done.result()[0].finish_reason == reason
 
 
 def test_many_threads_may_ask_at_once(pools: list[EnginePool]) -> None:

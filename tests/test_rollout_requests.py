@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from rollout_checkpoints import load_plain, plain_logprobs
 from served_engines import PROMPT, TOLERANCE, Served, ask, assert_own_logprobs, assert_span
 
-from megatron_vespo.rollout import EngineDown, io_loop
+from megatron_vespo.rollout import EngineDown, EnginePool, io_loop
 from megatron_vespo.rollout.continuation import continuation, joined
 from megatron_vespo.rollout.health import sign_of_life
 
@@ -114,6 +115,32 @@ def test_a_response_cut_and_continued_under_the_same_weights_is_the_one_never_cu
     for first, (second,), uncut in zip(partial, rest, expected, strict=True):
         assert 0 < len(first.tokens) < 900
         assert joined(first, second).tokens.tolist() == uncut.tokens.tolist()
+
+
+def test_a_response_that_was_looked_at_under_way_is_the_one_that_was_not(served: Served) -> None:
+    served.load(0)
+    pool = EnginePool([served.engine])
+    whole = ask("seen", 900, n=2, seed=5)
+    (running,) = pool.submit([whole])
+    time.sleep(0.3)
+    parts = pool.partials()["seen"]
+    time.sleep(0.2)
+    later = pool.partials()["seen"]
+    ends = [running.result(timeout=120)]
+    # A process after this one has no more than what was seen.
+    ends += [
+        f.result(timeout=120) for f in EnginePool([served.engine]).submit([replace(whole, id="taken up")], [parts])
+    ]
+    for end in ends:
+        for first, second, got in zip(parts, later, end, strict=True):
+            assert first is not None and second is not None and 0 < len(first.tokens) <= len(second.tokens) <= 900
+            assert got.tokens[: len(first.tokens)].tolist() == first.tokens.tolist() and got.retries == ()
+            np.testing.assert_array_equal(got.logprobs[: len(first.tokens)], first.logprobs)
+            assert_own_logprobs(served.models[0], PROMPT, got)
+    assert pool.take_counts() == {}
+    if served.kind == "reference":  # SGLang honours seeds on a GPU only
+        (expected,) = served.engine.generate([whole])
+        assert [got.tokens.tolist() for end in ends for got in end] == [got.tokens.tolist() for got in expected] * 2
 
 
 def scheduler_of(served: Served) -> int:

@@ -40,12 +40,12 @@ def train(run: Run) -> None:
                 sync(run)
                 evaluate(run)
             if run.checkpoint_due:
-                run.save_checkpoint(rollouts=rollouts.state())
+                run.save_checkpoint(rollouts=rollouts.save())
             run.stop_if_asked()
 
         sync(run)
         evaluate(run)
-        run.finish(rollouts=rollouts.state())
+        run.finish(rollouts=rollouts.save())
 
 
 def sync(run: Run) -> None:

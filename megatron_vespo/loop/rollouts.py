@@ -18,40 +18,23 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 from megatron_vespo.loop.collect import has_spread
+from megatron_vespo.loop.open_groups import Group, come, keep, take_up
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.metrics import MetricSums
-from megatron_vespo.rollout.sampling import GroupUnderWay
-from megatron_vespo.samples.records import Prompt, Sample
-from megatron_vespo.samples.staleness import staleness, versions_of
+from megatron_vespo.rollout.sampling import parts_of
+from megatron_vespo.samples.records import Sample
+from megatron_vespo.samples.staleness import oldest_version, staleness
 
 LOOK_EVERY_S = 1.0
 
 
 class StalenessError(RuntimeError):
     """A token older than the run allows was about to be trained: a fault of this program."""
-
-
-@dataclass(eq=False, slots=True)
-class Group:
-    """One prompt's responses, from when the prompt is drawn until they are trained or dropped."""
-
-    number: int
-    """Its place in the run's order of prompts; rollout batch and place in it follow from it."""
-    prompt: Prompt
-    served: int = 0
-    """The version that engines served when it was asked for: none of its tokens is older."""
-    under_way: GroupUnderWay | None = None
-    aborted: bool = False
-    resumed: bool = False
-    """It was open at the checkpoint that the run goes on from."""
-    samples: list[Sample] | None = None
-    """Sampled and graded."""
 
 
 class Rollouts:
@@ -80,6 +63,8 @@ class Rollouts:
         self._flat = 0
         """Groups without spread dropped since the last update."""
         self._changed = threading.Condition()
+        self._handing_over = threading.Lock()
+        """Held while groups come out of the engines' hands into the ledger's."""
         self._sampled: SimpleQueue[Group | None] = SimpleQueue()
         self._error: BaseException | None = None
         self._grader = threading.Thread(target=self._grade, name="grading", daemon=True)
@@ -112,9 +97,11 @@ class Rollouts:
             totals = {**self.counts, "open": len(self._open)}
         return sums.means() | {f"rollouts/{name}": float(count) for name, count in totals.items()}
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint, JSON-able: what was drawn and is not trained, and the counts."""
-        with self._changed:
+    def save(self) -> dict[str, Any]:
+        """For a checkpoint: puts on disk what there is of open groups. JSON-able: what was drawn and is not trained,
+        and the counts."""
+        with self.run.phase("checkpoint"), self._handing_over, self._changed:
+            keep(self.run, list(self._open.values()))
             groups = [*self._open.values(), *self._drawn]
             return {
                 "number": self._number,
@@ -205,47 +192,33 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------ asking
 
     def _ask(self) -> None:
-        """For as many groups as there is room for. What an earlier process has left of them on disk is taken, where it
-        can be trained on."""
+        """For as many groups as there is room for. What an earlier process has left of them on disk is taken up."""
         with self._changed:
             asked = [self._draw() for _ in range(self._room())]
             for group in asked:
                 self._open[group.number] = group
             self.counts["asked"] += len(asked)
-            new = []
+            take_up(self.run, asked, self._first)
+            self._tell_resumed(asked)
+            new = [group for group in asked if group.samples is None]
             for group in asked:
-                group.samples = self._recalled(group)
-                if group.samples is None:
-                    new.append(group)
-                else:
+                if group.samples is not None:
                     self._sampled.put(group)
             self._submit(new)
-            self._tell_resumed(asked)
-
-    def _recalled(self, group: Group) -> list[Sample] | None:
-        """Of use is what the weights that the run goes on from sampled; or, where log pi_old is the engine's own,
-        earlier ones too. Later ones are lost: those that get their number now are not the same."""
-        run = self.run
-        step, size = group.number // self.batch, run.config.rollout.samples_per_prompt
-        names = run.ledger.ask(f"{step}/train", [group.prompt], size, step)
-        samples = run.ledger.recall(names).get(names[0])
-        if samples is None:
-            return None
-        versions = versions_of(samples)
-        if any(v > self._first or (run.config.knows_old_policy and v < self._first) for v in versions):
-            run.ledger.discard(names, "weights that sampled it are gone", run.version)
-            run.ledger.ask(f"{step}/train", [group.prompt], size, step)
-            return None
-        return samples
 
     def _tell_resumed(self, asked: list[Group]) -> None:
+        begun = sum(bool(group.begun) for group in asked)
+        if begun:
+            self.counts["continued"] += begun
         resumed = [group for group in asked if group.resumed]
-        again = sum(group.samples is None for group in resumed)
         if resumed:
+            whole = sum(group.samples is not None for group in resumed)
+            begun = sum(bool(group.begun) for group in resumed)
+            again = len(resumed) - whole - begun
             self.counts["sampled_again"] += again
             self.run.progress.message(
-                f"{len(resumed)} prompt groups were open at the checkpoint: {len(resumed) - again} are trained from "
-                f"disk, {again} are sampled again, what there was of their responses is dropped"
+                f"{len(resumed)} prompt groups were open at the checkpoint: {whole} are trained from disk, {begun} go "
+                f"on from what there was of their responses, {again} are sampled again"
             )
 
     def _room(self) -> int:
@@ -272,9 +245,13 @@ class Rollouts:
         for members in calls.values():
             step = members[0].number // self.batch
             places = [group.number % self.batch for group in members]
-            asked = self.run.ask([group.prompt for group in members], step=step, places=places)
+            prompts, size = [group.prompt for group in members], self.run.config.rollout.samples_per_prompt
+            parts = [parts_of(group.begun, size) if group.begun else None for group in members]
+            asked = self.run.ask(prompts, step=step, places=places, parts=parts)
             for group, under_way in zip(members, asked, strict=True):
-                group.served, group.under_way, group.aborted = self.run.served, under_way, False
+                oldest = oldest_version(group.begun)
+                group.served = self.run.served if oldest is None else min(self.run.served, oldest)
+                group.under_way, group.aborted = under_way, False
                 under_way.done.add_done_callback(partial(self._done, group))
 
     # ------------------------------------------------------------------------------------------ grading
@@ -299,17 +276,14 @@ class Rollouts:
                 self._changed.notify_all()
 
     def _hand_over(self, groups: list[Group]) -> None:
-        whole: list[Group] = []
-        cut: list[Group] = []
-        new: list[Group] = []
-        for group in groups:
-            if group.samples is None and group.under_way is not None:
-                group.samples = group.under_way.samples()
-                aborted = any(sample.finish_reason == "abort" for sample in group.samples)
-                (cut if aborted else new).append(group)
-            if group not in cut:
-                whole.append(group)
-        self.run.generated([sample for group in new for sample in group.samples or []])
+        with self._handing_over:
+            new = [group for group in groups if group.samples is None]
+            for group in new:
+                assert group.under_way is not None
+                come(group, group.under_way.samples())
+            self.run.generated([sample for group in new if group.is_whole for sample in group.samples or []])
+        whole = [group for group in groups if group.is_whole]
+        cut = [group for group in groups if not group.is_whole]
         self.run.reward([sample for group in whole for sample in group.samples or []])
         with self._changed:
             stale = [group for group in cut if self._too_stale(group)]
@@ -318,7 +292,7 @@ class Rollouts:
             self._drop(flat, "without_spread")
             self._ready.update({group.number: group for group in whole if group not in flat})
             for group in cut:
-                group.samples = None
+                group.samples, group.begun, group.old_logprobs = None, [], {}
             self._submit([group for group in cut if group not in stale])  # cut too early
             self._changed.notify_all()
         if stale or flat:

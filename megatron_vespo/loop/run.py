@@ -32,11 +32,13 @@ from megatron_vespo.policy.checkpoint import newest_step
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
+from megatron_vespo.rollout.jobs import Parts
 from megatron_vespo.rollout.protocol import SamplingParams
 from megatron_vespo.rollout.sampling import GroupUnderWay, group_seeds, sample_groups, submit_groups
+from megatron_vespo.samples.beginnings import know, lacks_old, versions_that_lack_old
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
-from megatron_vespo.samples.staleness import token_lags, versions_of, weigh_down
+from megatron_vespo.samples.staleness import token_lags, weigh_down
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps, write_batch
 from megatron_vespo.samples.stream import MixedStream, PromptStream
 from megatron_vespo.samples.weight_table import WeightTable
@@ -155,12 +157,20 @@ class Run:
                 sample.loss_mask = np.zeros_like(sample.loss_mask)
         self.ledger.generated(samples)
 
-    def ask(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int]) -> list[GroupUnderWay]:
-        """To train on, without waiting: the groups at ``places`` of the rollout batch ``step``, one a prompt."""
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        places: Sequence[int],
+        parts: Sequence[Parts | None] | None = None,
+    ) -> list[GroupUnderWay]:
+        """To train on, without waiting: the groups at ``places`` of the rollout batch ``step``, one a prompt.
+        ``parts``: what there is of their responses already; not of a rollout function's."""
         options = self._options(self.config.rollout.samples_per_prompt, step, "train", places, self.routing)
         if self.play is not None:
             return submit_episodes(self.engines.pool.asker(), prompts, self.play, self._training_sampling(), **options)
-        return submit_groups(self.engines.pool, prompts, self._training_sampling(), **options)
+        return submit_groups(self.engines.pool, prompts, self._training_sampling(), parts=parts, **options)
 
     def _training_sampling(self) -> SamplingParams:
         settings = self.config.rollout
@@ -232,22 +242,41 @@ class Run:
         if not self.config.keeps_weights:
             self._old_pass(mini_batch, None)
             return
-        for version in versions_of(mini_batch) or [self.version]:
-            # R2 records an update's micro-batches whole, and the newest version's pass, the last, is what it replays.
-            whole = self.config.model.routing_replay in ("r2", "both")
-            members = [s for s in mini_batch if whole or not s.loss_mask.any() or version in versions_of([s])]
-            self._old_pass(members, version)
+        # R2 records an update's micro-batches whole, and the newest version's pass, the last, is what it replays.
+        whole = self.config.model.routing_replay in ("r2", "both")
+        wanting = [s for s in mini_batch if s.old_logprobs is None or lacks_old(s).any()]
+        versions = versions_that_lack_old(wanting) or ([self.version] if wanting else [])
+        asked = {s.id: versions_that_lack_old([s]) or versions for s in wanting}
+        for version in versions:
+            self._old_pass(mini_batch if whole else [s for s in wanting if version in asked[s.id]], version)
+
+    def find_lost_logprobs(self, samples: Sequence[Sample]) -> list[Sample]:
+        """log pi_old of tokens by weights that a checkpoint of now does not have, and this process still has; those of
+        the samples that had any."""
+        # R2 needs a pass over an update's own micro-batches in any case.
+        if not self.config.keeps_weights or self.config.model.routing_replay in ("r2", "both"):
+            return []
+        kept = range(self.served - self.config.asynchronous.max_staleness, self.version)
+        versions = [version for version in versions_that_lack_old(samples) if version in kept]
+        asked = {s.id: set(versions).intersection(versions_that_lack_old([s])) for s in samples}
+        found = [s for s in samples if asked[s.id]]
+        for version in versions:
+            members = [s for s in found if version in asked[s.id]]
+            for sample, logprobs in zip(members, self._logprobs_of(members, version), strict=True):
+                know(sample, sample.weight_versions == version, logprobs)
+        return found
 
     def _old_pass(self, samples: Sequence[Sample], version: int | None) -> None:
         """None: the weights of now sampled all of it."""
+        for sample, logprobs in zip(samples, self._logprobs_of(samples, version), strict=True):
+            # Tokens that do not count get one that is as good as any.
+            know(sample, lacks_old(sample) | (version is None) | (sample.weight_versions == version), logprobs)
+
+    def _logprobs_of(self, samples: Sequence[Sample], version: int | None) -> list[np.ndarray]:
         self.turns.trainer()
         metrics, found = self.trainers.compute_old_logprobs(samples, None if version == self.version else version)
         self._add_metrics(metrics)
-        for sample, logprobs in zip(samples, found, strict=True):
-            if version is None or sample.old_logprobs is None:
-                sample.old_logprobs = logprobs
-            else:
-                sample.old_logprobs = np.where(sample.weight_versions == version, logprobs, sample.old_logprobs)
+        return found
 
     def update_policy(self, mini_batch: Sequence[Sample]) -> None:
         """One optimizer update; tokens that earlier weights sampled are counted as stale by so many versions."""

@@ -15,16 +15,18 @@ import logging
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from itertools import count, groupby
+from typing import Any
 
 from megatron_vespo.rollout.balance import Balance
 from megatron_vespo.rollout.client import calls_of
 from megatron_vespo.rollout.health import sign_of_life
-from megatron_vespo.rollout.jobs import Job, Piece
+from megatron_vespo.rollout.jobs import Job, Parts, Piece
 from megatron_vespo.rollout.occupancy import Occupancy
 from megatron_vespo.rollout.protocol import Engine, EngineDown, EngineError, Generation
 from megatron_vespo.rollout.restart import Restarts
+from megatron_vespo.rollout.seats import Call, Seat
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ TICK_S = 0.25
 PING_EVERY_S = 5.0
 ABORT_GRACE_S = 30.0
 """Within it an engine gives back what was aborted, or it hangs."""
+SURRENDER_S = 10.0
+"""What an engine has not given back by then is left out of :meth:`Dispatcher.surrender`."""
+SURRENDER_AGAIN_S = 0.25
+"""A call that had not reached its engine when that was told to end everything is ended by the next time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +50,6 @@ class Patience:
     hang_timeout_s: float = 300.0
     max_restarts: int = 3
     restart_delay_s: float = 1.0
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """One HTTP call under way."""
-
-    pieces: list[Piece]
-    work: list[int]
-    left_s: float
-    """Until it is cut."""
-    cut: bool = False
-    task: asyncio.Task[None] | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Seat:
-    """An engine's place in the pool; the engine in it may be replaced."""
-
-    index: int
-    engine: Engine
-    state: Literal["up", "restarting", "stale", "lost"] = "up"
-    """stale: it runs again, and gets no request before it has been given the newest weights."""
-    calls: list[Call] = field(default_factory=list)
-    busy: int = 0
-    """Control calls under way, which have a time limit of their own: loading weights, it gives no sign of life."""
-    watch: asyncio.Task[None] | None = None
 
 
 class Dispatcher:
@@ -88,6 +68,7 @@ class Dispatcher:
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = False
+        self._numbers = count()
 
     # --- asked by the pool --------------------------------------------------------------------------------------
 
@@ -98,9 +79,11 @@ class Dispatcher:
         for job in jobs:
             if job.request.id in self._jobs:
                 raise ValueError(f"request id {job.request.id!r} is that of a running request")
+        together = next(self._numbers)
         for job in jobs:
             self._jobs[job.request.id] = job
-            self._waiting.append(job.whole())
+            self._waiting.extend(replace(piece, together=together) for piece in job.pieces())
+            self._forget(job)
         self._schedule()
 
     async def abort(self, request_id: str | None) -> None:
@@ -147,6 +130,27 @@ class Dispatcher:
             for call in list(seat.calls):
                 self._end(seat, call)
         self._jobs.clear()
+
+    async def surrender(self) -> dict[str, Parts]:
+        """By request: what there is of its responses under way. They are cut for it and go on in other calls, of which
+        the cut is no failure."""
+        loop = asyncio.get_running_loop()
+        running = [(seat, call) for seat in self.seats for call in seat.calls]
+        for _, call in running:
+            call.surrendered = True
+        # Nothing is sent meanwhile, so that an engine may be told to end all that it has: one message, however many.
+        before, self.paused = self.paused, True
+        deadline = loop.time() + SURRENDER_S
+        try:
+            while loop.time() < deadline and (seats := {seat.index for seat, call in running if call in seat.calls}):
+                await asyncio.gather(*(self._abort(self.seats[index], None) for index in seats))
+                left = [call.task for seat, call in running if call in seat.calls and call.task is not None]
+                if left:
+                    await asyncio.wait(left, timeout=SURRENDER_AGAIN_S)
+        finally:
+            self.paused = before
+            self._schedule()
+        return {name: job.parts for name, job in self._jobs.items() if not job.aborted}
 
     def resume(self) -> None:
         self.paused = False
@@ -203,8 +207,10 @@ class Dispatcher:
                 break
             shares.setdefault(index, []).append((self._waiting.popleft(), self.balance.begin(index, piece.request)))
         for index, share in shares.items():
-            for items in calls_of(share, lambda item: item[0].request):
-                self._send(self.seats[index], Call([p for p, _ in items], [w for _, w in items], self._timeout))
+            for _, together in groupby(share, lambda item: item[0].together):
+                for items in calls_of(list(together), lambda item: item[0].request):
+                    pieces, work = [piece for piece, _ in items], [work for _, work in items]
+                    self._send(self.seats[index], Call(pieces, work, self._timeout, next(self._numbers)))
 
     @property
     def _timeout(self) -> float:
@@ -234,16 +240,22 @@ class Dispatcher:
                 self._forget(piece.job)
         else:
             self.restarts.in_a_row[seat.index] = 0
-            for piece, answer in zip(self._end(seat, call), answers, strict=True):
-                self._take(seat, call, piece, answer)
+            pairs = zip(self._end(seat, call), answers, strict=True)
+            rest = [left for pair in pairs for left in self._take(seat, call, *pair)]
+            if call.cut:
+                self._requeue(rest)
+            else:
+                self._waiting.extendleft(reversed(rest))
         self._schedule()
 
-    def _take(self, seat: Seat, call: Call, piece: Piece, answer: list[Generation]) -> None:
+    def _take(self, seat: Seat, call: Call, piece: Piece, answer: list[Generation]) -> list[Piece]:
+        """What is left to ask for where the call was cut."""
         self.balance.computed(seat.index, piece.request, [generation.tokens for generation in answer])
-        reason = f"{seat.engine.url}: not done within {self._timeout:g} s (rollout.request_timeout_s)"
-        rest = [piece.job.rest(piece, i, seat.index, reason) for i in piece.job.add(piece, answer, cut=call.cut)]
-        self._requeue(rest)
+        late = f"{seat.engine.url}: not done within {self._timeout:g} s (rollout.request_timeout_s)"
+        not_on = (seat.index, late) if call.cut else None
+        unfinished = piece.job.add(piece, answer, cut=call.cut or call.surrendered)
         self._forget(piece.job)
+        return [replace(piece.job.rest(piece, i, not_on), together=call.number) for i in unfinished]
 
     def _end(self, seat: Seat, call: Call) -> list[Piece]:
         """The call is over, answered or given up; returns its pieces."""

@@ -15,8 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_vespo.rollout import io_loop
-from megatron_vespo.rollout.dispatch import Dispatcher, Patience, Seat
-from megatron_vespo.rollout.jobs import Job
+from megatron_vespo.rollout.dispatch import Dispatcher, Patience
+from megatron_vespo.rollout.jobs import Job, Parts
 from megatron_vespo.rollout.occupancy import BusySpan
 from megatron_vespo.rollout.protocol import (
     ALL_MEMORY,
@@ -29,6 +29,7 @@ from megatron_vespo.rollout.protocol import (
     PauseMode,
 )
 from megatron_vespo.rollout.restart import Launcher, Restarts, ServedWeights
+from megatron_vespo.rollout.seats import Seat
 
 LOOK_EVERY_S = 1.0
 
@@ -83,13 +84,16 @@ class EnginePool:
 
     # --- sampling -----------------------------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[GenerateRequest]) -> list[Future[list[Generation]]]:
-        """One future a request, each done when its ``n`` responses are."""
-        return [job.done for job in self._submitted(requests)]
+    def submit(
+        self, requests: Sequence[GenerateRequest], parts: Sequence[Parts | None] | None = None
+    ) -> list[Future[list[Generation]]]:
+        """One future a request, each done when its ``n`` responses are. ``parts``: for each request, where there is
+        something of its responses already (:meth:`partials`); they go on from there."""
+        return [job.done for job in self._submitted(requests, parts)]
 
     def generate(self, requests: Sequence[GenerateRequest], *, era: int | None = None) -> list[list[Generation]]:
         """``era``: see :class:`Asker`."""
-        jobs = self._submitted(requests, era)
+        jobs = self._submitted(requests, era=era)
         try:
             waiting = {job.done for job in jobs}
             while waiting:
@@ -102,13 +106,28 @@ class EnginePool:
             io_loop.call(self._dispatcher.drop, jobs)
             raise
 
-    def _submitted(self, requests: Sequence[GenerateRequest], era: int | None = None) -> list[Job]:
-        jobs = [Job(request) for request in requests]
+    def _submitted(
+        self,
+        requests: Sequence[GenerateRequest],
+        parts: Sequence[Parts | None] | None = None,
+        era: int | None = None,
+    ) -> list[Job]:
+        jobs = [Job(*each) for each in zip(requests, parts or [None] * len(requests), strict=True)]
         io_loop.call(self._dispatcher.submit, jobs, era)
         return jobs
 
     def abort(self, request_id: str | None = None) -> None:
         io_loop.wait_for(self._dispatcher.abort(request_id))
+
+    def partials(self) -> dict[str, Parts]:
+        """By id of each request under way: what there is of its responses, to the token. They lose nothing and go on.
+
+        An engine tells a response only once it has ended. So all are aborted, as those that take too long are, their
+        parts are kept, and the rest is asked for again, with the parts in the prompt (continuation.py): what it costs
+        is to compute their keys once more, where the engine's prefix cache does not have them. To have them streamed
+        instead would cost a message for each token of a whole run, for what is asked now and then.
+        """
+        return io_loop.wait_for(self._dispatcher.surrender())
 
     def asker(self) -> Asker:
         return Asker(self, io_loop.call(lambda: self._dispatcher.era))

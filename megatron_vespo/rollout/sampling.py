@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vespo.rollout.jobs import Parts
 from megatron_vespo.rollout.pool import EnginePool
 from megatron_vespo.rollout.protocol import GenerateRequest, Generation, SamplingParams
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
@@ -54,7 +55,7 @@ def sample_groups(
     return [
         sample
         for prompt, request, group in zip(prompts, requests, groups, strict=True)
-        for sample in _samples(request.id, prompt, group, tokenizer)
+        for sample in samples_of(request.id, prompt, group, tokenizer)
     ]
 
 
@@ -68,14 +69,31 @@ def submit_groups(
     seeds: Sequence[int],
     tokenizer: Any,
     routing: RoutingShape | None = None,
+    parts: Sequence[Parts | None] | None = None,
 ) -> list[GroupUnderWay]:
-    """As :func:`sample_groups`, without waiting."""
+    """As :func:`sample_groups`, without waiting. ``parts``: of each prompt's responses, where there is something of
+    them already (:func:`parts_of`)."""
     requests = _requests(prompts, sampling, samples_per_prompt, batch, seeds, routing)
 
     def under_way(prompt: Prompt, request: GenerateRequest, done: Future[list[Generation]]) -> GroupUnderWay:
-        return GroupUnderWay(request.id, done, lambda: _samples(request.id, prompt, done.result(), tokenizer))
+        return GroupUnderWay(request.id, done, lambda: samples_of(request.id, prompt, done.result(), tokenizer))
 
-    return [under_way(*each) for each in zip(prompts, requests, pool.submit(requests), strict=True)]
+    return [under_way(*each) for each in zip(prompts, requests, pool.submit(requests, parts), strict=True)]
+
+
+def parts_of(samples: Iterable[Sample], size: int) -> Parts:
+    """What there is of a group's ``size`` responses, for :func:`submit_groups`."""
+    parts: Parts = [None] * size
+    for sample in samples:
+        if len(sample.response_tokens):
+            parts[sample.place] = Generation(
+                sample.response_tokens,
+                sample.rollout_logprobs,
+                sample.weight_versions,
+                sample.finish_reason,
+                sample.routed_experts,
+            )
+    return parts
 
 
 def _requests(
@@ -99,7 +117,8 @@ def _requests(
     ]
 
 
-def _samples(group: str, prompt: Prompt, generations: Sequence[Generation], tokenizer: Any) -> list[Sample]:
+def samples_of(group: str, prompt: Prompt, generations: Sequence[Generation | None], tokenizer: Any) -> list[Sample]:
+    """Of the group of that name; none for a response of which there is nothing."""
     return [
         Sample(
             id=f"{group}/{i}",
@@ -114,4 +133,5 @@ def _samples(group: str, prompt: Prompt, generations: Sequence[Generation], toke
             metadata={"rollout_retries": list(generation.retries)} if generation.retries else {},
         )
         for i, generation in enumerate(generations)
+        if generation is not None
     ]

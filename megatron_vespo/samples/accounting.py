@@ -35,8 +35,8 @@ class Account:
     """Step -> samples that its groups were asked for, which the states must add up to."""
     updates: dict[int, int] = field(default_factory=dict)
     """Weight version -> samples of the update that began from it."""
-    rollbacks: list[tuple[float, int, int, int, int]] = field(default_factory=list)
-    """(time, version, untrained, reused, dropped) of each."""
+    rollbacks: list[tuple[float, int, int, int, int, int, int]] = field(default_factory=list)
+    """(time, version, untrained, reused, dropped, continued, the tokens that these went on from) of each."""
     problems: list[str] = field(default_factory=list)
     """Why it does not balance; [] if it does."""
 
@@ -90,7 +90,10 @@ def _account(db: sqlite3.Connection, payloads: Payloads) -> Account:
         )
     )
     result.updates = dict(db.execute("SELECT version, count(*) FROM samples WHERE state = 'trained' GROUP BY 1"))
-    result.rollbacks = db.execute("SELECT time, version, untrained, reused, dropped FROM rollbacks").fetchall()
+    result.rollbacks = db.execute(
+        "SELECT r.time, r.version, r.untrained, r.reused, r.dropped, count(c.sample), coalesce(sum(c.tokens), 0) "
+        "FROM rollbacks r LEFT JOIN continued c ON c.rollback = r.id GROUP BY r.id ORDER BY r.id"
+    ).fetchall()
     for check in (_damage, _miscounts, _collisions, _lost_payloads):
         result.problems += check(db, payloads)
     for step in sorted(result.asked.keys() | result.steps.keys()):
@@ -189,11 +192,12 @@ def _summary(result: Account, samples: Counter[str]) -> list[str]:
         sizes = sorted(set(result.updates.values()))
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         lines.append(f"updates: {len(result.updates)} (versions {_ranges(sorted(result.updates))}), of {size} samples")
-    for at, version, untrained, reused, lost in result.rollbacks:
+    for at, version, untrained, reused, lost, continued, tokens in result.rollbacks:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
         lines.append(
             f"rolled back to version {version} at {when}: {untrained} trained samples undone, {reused} used again from "
             f"disk, {lost} dropped"
+            + (f", {continued} went on from the {tokens:,} tokens that there were of them" if continued else "")
         )
     if result.balances:
         return [*lines, "It balances."]

@@ -6,18 +6,21 @@ A *group* is one prompt asked for ``size`` responses; a *sample* is one of these
       └───────────┴──────────────┴───────────┴──────────────┴─────────► dropped(reason)
 
 ``version`` is the weight version that the update begins from (dropped: the version then). ``generating`` is optional: a
-response under way whose tokens so far, each with its version, are worth keeping (an async loop's partial responses).
+response under way whose tokens so far, each with its version, are kept (those of an async loop at a checkpoint).
 
 How a loop uses it (every method is one transaction, and returns when it is committed):
 
     with Ledger(run_dir) as ledger:
         rollback = ledger.roll_back(version, recipe)      # once, at the start: to the checkpoint that was loaded
         names = ledger.ask(batch, prompts, size, step)    # before the requests go out; "<batch>/<prompt id>"
-        known = ledger.recall(names)                      # {name: samples} that an earlier process got; not asked anew
+        whole = ledger.recall(names)                      # {name: samples} that an earlier process got; not asked anew
+        begun = ledger.begun(names)                       # {name: samples} of groups of which there is something
+        ledger.continued(samples)                         # those of them that go on from what there is
         ledger.discard(names, reason, version)            # those of them that cannot be used; they are asked again
-        ledger.generating(samples)                        # optional: partial responses; ledger.partial() reads them
+        ledger.generating(samples)                        # optional: partial responses
         ledger.generated(samples)                         # whole responses, with everything that training needs
         ledger.scored(samples)                            # grade, reward, metadata["reward_error"]
+        ledger.rewritten(samples)                         # of whole ones more is known (log pi_old); no transition
         ledger.assigned([s.id ...], version)              # the mini-batch, in order, before its update
         ledger.trained([s.id ...], version)               # after its update
         ledger.dropped([s.id ...], reason, version)       # from any state that is not final
@@ -46,13 +49,12 @@ import fcntl
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vespo.samples.disk import DiskFull
-from megatron_vespo.samples.ledger_schema import BEFORE, FILE, OPEN, SCHEMA, among
+from megatron_vespo.samples.ledger_schema import BEFORE, FILE, OPEN, SCHEMA, WHOLE, among
 from megatron_vespo.samples.payloads import PayloadReader, Payloads, parts_of
 from megatron_vespo.samples.records import Prompt, Sample
 from megatron_vespo.samples.rollback import Rollback, undo
@@ -65,23 +67,10 @@ class LedgerError(RuntimeError):
     """A transition that may not be, or a ledger that cannot be used. The message names the sample and both states."""
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt group that is not finished."""
-
-    name: str
-    prompt: str
-    """Its id."""
-    step: int
-    states: tuple[str, ...]
-    """Of each of its samples."""
-
-
 class Ledger:
     """The one writer of a run's ledger. Thread-safe; a lock keeps other processes from writing it too.
 
-    Raises :class:`LedgerError`, and :class:`~megatron_vespo.samples.disk.DiskFull` with nothing written.
-    """
+    Raises :class:`LedgerError`, and :class:`~megatron_vespo.samples.disk.DiskFull` with nothing written."""
 
     def __init__(self, run_dir: Path, *, anew: bool = False) -> None:
         """``anew``: a ledger that is there is kept as ``ledger.previous.sqlite``, without its payloads."""
@@ -187,38 +176,46 @@ class Ledger:
         with self._transaction():
             self._move([s.id for s in samples], "scored", "grade = ?, reward = ?, error = ?, parts = ?", values)
 
+    def rewritten(self, samples: Sequence[Sample]) -> None:
+        """Whole responses of which more is known than when they were stored (log pi_old): no transition."""
+        if not samples:
+            return
+        with self._stored(samples) as payload:
+            rows = self._rows(s.id for s in samples)
+            moved = self._db.executemany(
+                f"UPDATE samples SET payload = ?, place = ? WHERE id = ? AND {among('state', WHOLE)}",
+                [(payload, place, row) for place, row in enumerate(rows)],
+            ).rowcount
+            if moved != len(rows):
+                raise LedgerError(f"{len(rows) - moved} of {len(rows)} samples from {samples[0].id} on are not whole")
+
     def recall(self, names: Sequence[str]) -> dict[str, list[Sample]]:
         """The groups among ``names`` of which every response is on disk and not assigned; scored ones have their
         rewards. Raises StoreError where a payload cannot be read."""
-        found: dict[str, list[Sample]] = {}
-        reader = PayloadReader(self.payloads)
-        with self._mutex:
-            for name in names:
-                rows = self._samples_of(name)
-                if rows and all(row[0] in ("generated", "scored") for row in rows):
-                    found[name] = [reader.sample(*row[1:]) for row in rows]
-        return found
+        return self._read(names, lambda states: states <= set(WHOLE))
 
-    def partial(self) -> list[Sample]:
-        """The responses under way that are on disk, in the order of asking."""
-        reader = PayloadReader(self.payloads)
-        with self._mutex:
-            rows = self._db.execute(
-                "SELECT payload, place, grade, reward, error, parts FROM samples WHERE state = 'generating' ORDER BY id"
-            ).fetchall()
-        return [reader.sample(*row) for row in rows]
+    def begun(self, names: Sequence[str]) -> dict[str, list[Sample]]:
+        """Of groups among ``names`` with responses under way on disk: all that is there of each. Raises StoreError."""
+        return self._read(names, lambda states: "generating" in states)
 
-    def unfinished(self) -> list[Group]:
-        """Groups with a sample that is neither trained nor dropped, in the order of asking."""
-        with self._mutex:
-            rows = self._db.execute(
-                f"SELECT g.id, g.name, g.prompt, g.step, s.state FROM samples s JOIN groups g ON g.id = s.prompt_group "
-                f"WHERE g.id IN (SELECT prompt_group FROM samples WHERE {among('state', OPEN)}) ORDER BY s.id"
-            ).fetchall()
-        states: dict[tuple[int, str, str, int], list[str]] = {}
-        for *group, state in rows:
-            states.setdefault(tuple(group), []).append(state)  # type: ignore[arg-type]
-        return [Group(name, prompt, step, tuple(found)) for (_, name, prompt, step), found in states.items()]
+    def continued(self, samples: Sequence[Sample]) -> None:
+        """After a rollback: what these hold replaces whatever there is of them, rewards too, and they are under way
+        again. Counted are those that go on (``abort``) from a token or more."""
+        if not samples:
+            return
+        with self._stored(samples) as payload:
+            rows = self._rows(s.id for s in samples)
+            self._db.executemany(
+                "UPDATE samples SET state = 'generating', grade = NULL, reward = NULL, error = NULL, parts = NULL "
+                f"WHERE id = ? AND {among('state', WHOLE)}",
+                [(row,) for row in rows],
+            )
+            self._place(samples, payload, "generating")
+            tokens = [len(s.response_tokens) if s.finish_reason == "abort" else 0 for s in samples]
+            self._db.executemany(
+                "INSERT INTO continued SELECT max(id), ?, ? FROM rollbacks",
+                [(row, count) for row, count in zip(rows, tokens, strict=True) if count],
+            )
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -236,18 +233,6 @@ class Ledger:
         """``version``: of the weights now, so that a rollback to an older checkpoint takes it back."""
         with self._transaction():
             self._move(ids, "dropped", "version = ?, slot = NULL, reason = ?", [(version, reason)] * len(ids))
-
-    def mini_batch_before_rollback(self, version: int) -> list[str]:
-        """Ids, in order, of what the last rollback took out of the update that begins from ``version``, of those that
-        may be trained again; [] if there are none."""
-        with self._mutex:
-            rows = self._db.execute(
-                "SELECT g.name, s.id - g.first FROM undone u JOIN samples s ON s.id = u.sample "
-                "JOIN groups g ON g.id = s.prompt_group WHERE u.rollback = (SELECT max(id) FROM rollbacks) "
-                "AND u.version = ? AND u.state IN ('assigned', 'trained') AND u.becomes = 'scored' ORDER BY u.slot",
-                (version,),
-            ).fetchall()
-        return [f"{name}/{place}" for name, place in rows]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -276,13 +261,12 @@ class Ledger:
             self.payloads.remove(payload)
 
     def roll_back(self, version: int, recipe: Mapping[str, Any]) -> Rollback | None:
-        """The weights are those of ``version`` again: whatever is assigned, and what was trained or dropped
-        at it or later, is undone, with a record of each sample in the table ``undone``.
+        """The weights are those of ``version`` again: whatever is assigned, and what was trained or dropped at it or
+        later, is undone, with a record of each sample in the table ``undone``.
 
         What is on disk becomes ``scored`` (or what it was before) and is trained from there. A group of which a payload
         is gone or damaged is dropped as ``rolled back``, and may be asked anew. So is all of it, as ``config changed``,
-        where ``recipe`` (JSON-able: what decides which samples come about) is not that of the last call. None: nothing
-        was ever asked.
+        where ``recipe`` (JSON-able: what decides which samples come about) is another. None: nothing was ever asked.
         """
         text = json.dumps(recipe, sort_keys=True, default=str)
         with self._transaction():
@@ -301,8 +285,13 @@ class Ledger:
     # ------------------------------------------------------------------------------------------ inside
 
     def _store(self, samples: Sequence[Sample], state: str) -> None:
-        if not samples:
-            return
+        if samples:
+            with self._stored(samples) as payload:
+                self._place(samples, payload, state)
+
+    @contextlib.contextmanager
+    def _stored(self, samples: Sequence[Sample]) -> Iterator[int]:
+        """A transaction about a new payload that holds ``samples``, and its number; one that fails leaves no file."""
         with self._mutex:
             self._newest_payload += 1
             payload = self._newest_payload
@@ -310,11 +299,14 @@ class Ledger:
             try:
                 with self._transaction():
                     self._db.execute("INSERT INTO payloads VALUES (?, ?, ?)", (payload, size, digest))
-                    values = [(payload, place, state == "generated") for place in range(len(samples))]
-                    self._move([s.id for s in samples], state, "payload = ?, place = ?, whole = ?", values)
+                    yield payload
             except BaseException:
                 self.payloads.remove(payload)
                 raise
+
+    def _place(self, samples: Sequence[Sample], payload: int, state: str) -> None:
+        values = [(payload, place, state != "generating") for place in range(len(samples))]
+        self._move([s.id for s in samples], state, "payload = ?, place = ?, whole = ?", values)
 
     def _move(
         self,
@@ -369,12 +361,21 @@ class Ledger:
             rows.append(first + int(place))
         return rows
 
-    def _samples_of(self, name: str) -> list[tuple[Any, ...]]:
-        return self._db.execute(
-            "SELECT s.state, s.payload, s.place, s.grade, s.reward, s.error, s.parts FROM groups g JOIN samples s "
-            "ON s.id BETWEEN g.first AND g.first + g.size - 1 WHERE g.name = ? AND NOT g.replaced ORDER BY s.id",
-            (name,),
-        ).fetchall()
+    def _read(self, names: Sequence[str], wanted: Callable[[set[str]], bool]) -> dict[str, list[Sample]]:
+        """What is on disk of the groups among ``names`` whose samples are in states that are wanted."""
+        found: dict[str, list[Sample]] = {}
+        reader = PayloadReader(self.payloads)
+        with self._mutex:
+            for name in names:
+                rows = self._db.execute(
+                    "SELECT s.state, s.payload, s.place, s.grade, s.reward, s.error, s.parts "
+                    "FROM groups g JOIN samples s ON s.id BETWEEN g.first AND g.first + g.size - 1 "
+                    "WHERE g.name = ? AND NOT replaced ORDER BY s.id",
+                    (name,),
+                ).fetchall()
+                if rows and wanted({row[0] for row in rows}):
+                    found[name] = [reader.sample(*row[1:]) for row in rows if row[0] != "asked"]
+        return found
 
     def _last(self, table: str) -> int:
         return self._db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 FILE = "ledger.sqlite"
 OPEN = ("asked", "generating", "generated", "scored", "assigned")
+WHOLE = ("generated", "scored")
+"""The whole response is on disk, and nobody has planned on it yet."""
 FINAL = ("trained", "dropped")
 BEFORE: dict[str, tuple[str, ...]] = {
     "generating": ("asked", "generating"),
@@ -64,6 +66,11 @@ CREATE TABLE IF NOT EXISTS undone (     -- what a rollback took back, sample by 
     sample INTEGER NOT NULL REFERENCES samples,
     state TEXT NOT NULL, version INTEGER, slot INTEGER, reason TEXT,
     becomes TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS continued (  -- responses that went on after a rollback from what there was of them
+    rollback INTEGER NOT NULL REFERENCES rollbacks,
+    sample INTEGER NOT NULL REFERENCES samples,
+    tokens INTEGER NOT NULL             -- that there were
 ) STRICT;
 """
 

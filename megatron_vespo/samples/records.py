@@ -86,6 +86,11 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def place(self) -> int:
+        """Its index in the group."""
+        return int(self.id.rpartition("/")[2])
+
+    @property
     def length(self) -> int:
         """Prompt plus response, in tokens."""
         return len(self.prompt.tokens) + len(self.response_tokens)

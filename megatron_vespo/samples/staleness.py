@@ -18,12 +18,6 @@ def oldest_version(samples: Iterable[Sample]) -> int | None:
     return min((int(s.weight_versions[s.loss_mask].min()) for s in samples if s.loss_mask.any()), default=None)
 
 
-def versions_of(samples: Iterable[Sample]) -> list[int]:
-    """Those that sampled a token that counts, ascending."""
-    parts = [s.weight_versions[s.loss_mask] for s in samples]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *parts])).tolist()
-
-
 def staleness(samples: Iterable[Sample], version: int) -> int:
     """Of the oldest token that counts, in an update that begins from ``version``; 0 where none counts."""
     oldest = oldest_version(samples)
