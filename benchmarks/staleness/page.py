@@ -36,6 +36,7 @@ def write_page(page: Path, suite: str, outcomes: Sequence[Outcome], left: int) -
     if outcomes:
         parts += _accuracy(outcomes) + _rewards(outcomes) + _precisions(outcomes) + _remedies(outcomes)
         parts += _against_vespo(outcomes) + _breaking(outcomes) + _lengths(outcomes)
+    if any(o.cell.precision == "fp32" for o in outcomes):  # what the pictures show
         parts += ["## Curves", ""]
         for name, draw in ((f"{page.stem}_final.png", draw_final), (f"{page.stem}_curves.png", draw_curves)):
             draw(outcomes, images / name)
