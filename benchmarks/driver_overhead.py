@@ -33,7 +33,8 @@ import numpy as np
 from memory import held_bytes
 from rich.console import Console
 
-from megatron_vespo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from megatron_vespo.config.problems import DataConfig
+from megatron_vespo.config.schema import ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from megatron_vespo.loop.run import Run
 from megatron_vespo.loop.synchronous import train
 from megatron_vespo.observe.progress import RunProgress

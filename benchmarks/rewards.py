@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-from megatron_vespo.config.schema import RewardConfig
+from megatron_vespo.config.problems import RewardConfig
 from megatron_vespo.rewards import code
 from megatron_vespo.rewards.grader import Grader, build_grader
 from megatron_vespo.rewards.worker import RewardWorkers

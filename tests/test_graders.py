@@ -10,7 +10,8 @@ from fake_run import PROMPTS, fake_run
 from test_rewards import misbehave
 
 from megatron_vespo.config.load import ConfigError
-from megatron_vespo.config.schema import RewardConfig, RunConfig
+from megatron_vespo.config.problems import RewardConfig
+from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop import synchronous
 from megatron_vespo.observe.records import read_records
 from megatron_vespo.rewards import exact, format, numeric

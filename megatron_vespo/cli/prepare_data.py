@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_vespo.cli.commands import Commands
 from megatron_vespo.config.load import ConfigError
-from megatron_vespo.config.schema import RewardConfig
+from megatron_vespo.config.problems import RewardConfig
 
 SHOWN = 10
 """Lines of each kind that are printed."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vespo.config.schema import PRESETS, EvaluationSet, RunConfig
+from megatron_vespo.config.problems import PRESETS, EvaluationSet
+from megatron_vespo.config.schema import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

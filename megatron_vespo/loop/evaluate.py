@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_vespo.config.schema import OWN_SET
+from megatron_vespo.config.problems import OWN_SET
 from megatron_vespo.loop.answers import answered
 from megatron_vespo.loop.record import record_evaluation, record_problems
 from megatron_vespo.loop.run import Run

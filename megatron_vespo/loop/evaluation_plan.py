@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.config.load import ConfigError, default_config, load_config
-from megatron_vespo.config.schema import PRESETS, RunConfig
+from megatron_vespo.config.problems import PRESETS
+from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.subjects import Subject
 
 NOT_HERE = (

@@ -19,7 +19,8 @@ from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.evaluation import HeldOut, held_out_sets
 from megatron_vespo.config.load import ResolvedConfig
-from megatron_vespo.config.schema import DataSource, RunConfig
+from megatron_vespo.config.problems import DataSource
+from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.resume import load_newest, recipe
 from megatron_vespo.loop.run import Run
 from megatron_vespo.loop.weight_sync import WeightSync

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError
 
 from megatron_vespo.config.load import ConfigError, parse_override
-from megatron_vespo.config.schema import Section
+from megatron_vespo.config.section import Section
 from megatron_vespo.plan.workload import StatedLengths, log_normal_sigma
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from pydantic import PositiveFloat, PositiveInt
 
-from megatron_vespo.config.schema import Section
+from megatron_vespo.config.section import Section
 from megatron_vespo.samples.records import Sample
 
 P95 = 1.6448536269514722

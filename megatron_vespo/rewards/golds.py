@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vespo.config.schema import RewardConfig
+from megatron_vespo.config.problems import RewardConfig
 from megatron_vespo.rewards.grader import build_grader
 from megatron_vespo.rewards.worker import RewardWorkers
 

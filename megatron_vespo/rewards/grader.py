@@ -19,7 +19,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.load import ConfigError
-from megatron_vespo.config.schema import RewardConfig, RewardPart
+from megatron_vespo.config.problems import RewardConfig, RewardPart
 from megatron_vespo.rewards import BUILTIN, RewardFunction, build_reward
 
 
