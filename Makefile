@@ -25,7 +25,7 @@ quickstart: env
 	$(BIN)/python -m megatron_vespo train model_configs/quickstart.yaml $(ARGS)
 
 test: env lint
-	$(BIN)/python -m pytest -m 'not slurm'
+	$(BIN)/python -m pytest -m 'not slurm' --durations=40
 
 test-fast: env
 	$(BIN)/python -m pytest -m 'not slow'
