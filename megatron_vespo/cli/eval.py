@@ -54,7 +54,7 @@ def _eval(options: argparse.Namespace) -> int:
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError
-    from megatron_vespo.samples.dataset import DataError
+    from megatron_vespo.samples.rows import DataError
     from megatron_vespo.weights.mapping import WeightsError
 
     settings = [word for word in options.words if "=" in word and not Path(word).exists()]

@@ -20,6 +20,7 @@ from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.evaluation import HeldOut, held_out_sets
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.grading import grade
 from megatron_vespo.loop.preflight import check_evaluation
 from megatron_vespo.loop.responses import Responses, response_seed
 from megatron_vespo.loop.start import read_prompts
@@ -231,14 +232,7 @@ def _answer(task: Task, config: RunConfig, ask: Ask, rewards: RewardWorkers, pro
         while not done.empty() and len(ready) < MOST_GRADED:
             ready.append(done.get())
         graded = [(index, sample) for index, group in ready for sample in group.samples()]
-        scores = rewards.score(
-            [(sample.text, sample.prompt.answer) for _, sample in graded],
-            named=[sample.prompt.reward for _, sample in graded],
-        )
-        for (_, sample), score in zip(graded, scores, strict=True):
-            sample.grade = score.grade
-            if score.error:
-                sample.metadata["reward_error"] = score.error
+        grade([sample for _, sample in graded], rewards)
         task.responses.add(graded)
         under_way -= len(ready)
         progress.add(len(ready))

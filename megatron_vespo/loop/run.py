@@ -18,6 +18,7 @@ from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.turns import Apart, Turns
 from megatron_vespo.config.evaluation import HeldOut
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.loop.grading import grade
 from megatron_vespo.loop.saves import Saves
 from megatron_vespo.loop.stop import StoppedEarly, stop_file
 from megatron_vespo.loop.weight_sync import WeightSync
@@ -198,20 +199,15 @@ class Run:
 
     def score(self, samples: Sequence[Sample]) -> None:
         with self._grading:
-            graded = self.rewards.score(
-                [(s.text, s.prompt.answer) for s in samples], named=[s.prompt.reward for s in samples]
-            )
+            graded = grade(samples, self.rewards)
         limit, settings = self.config.rollout.max_response_tokens, self.config.reward
         for sample, result in zip(samples, graded, strict=True):
             length = len(sample.response_tokens)
-            sample.grade = result.grade
             sample.reward = result.reward - overlong_penalty(
                 length, limit, settings.overlong_buffer, settings.overlong_penalty
             )
             if len(result.parts) > 1:
                 sample.metadata["reward_parts"] = dict(result.parts)
-            if result.error:
-                sample.metadata["reward_error"] = result.error
 
     def assign_advantages(self, samples: Sequence[Sample]) -> None:
         size = self.config.rollout.samples_per_prompt

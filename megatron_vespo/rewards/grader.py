@@ -121,10 +121,8 @@ class Grader:
 
 def build_grader(settings: RewardConfig) -> Grader:
     """As section ``reward`` says. Raises ConfigError: a function or parameter that there is not, a wrong value."""
-    entries = settings.parts or (RewardPart(name=settings.name, params=settings.params),)
     parts = []
-    for i, entry in enumerate(entries):
-        setting = f"reward.parts.{i}" if settings.parts else "reward"
+    for setting, entry in _entries(settings):
         function = build_reward(entry.name, f"{setting}.name")
         arguments = checked_params(f"{setting}.params", function, entry.params)
         path = f"{function.__module__}:{function.__qualname__}"
@@ -136,14 +134,21 @@ def check_rewards(settings: RewardConfig) -> list[str]:
     """What built-in rewards check of this machine and of their parameters' values before anything starts; lines that
     a person should see. Raises ConfigError."""
     notices = []
-    entries = settings.parts or (RewardPart(name=settings.name, params=settings.params),)
-    for i, entry in enumerate(entries):
-        setting = f"reward.parts.{i}.params" if settings.parts else "reward.params"
+    for setting, entry in _entries(settings):
         if entry.name == "format":
-            _check_of("format")(setting, entry.params)
-        if entry.name == "code" and (notice := _check_of("code")(setting, entry.params, settings.timeout_s)):
+            _check_of("format")(f"{setting}.params", entry.params)
+        if entry.name == "code" and (
+            notice := _check_of("code")(f"{setting}.params", entry.params, settings.timeout_s)
+        ):
             notices.append(notice)
     return notices
+
+
+def _entries(settings: RewardConfig) -> list[tuple[str, RewardPart]]:
+    """Each part, and where the config has it; ``reward.name`` alone is one part."""
+    if not settings.parts:
+        return [("reward", RewardPart(name=settings.name, params=settings.params))]
+    return [(f"reward.parts.{i}", part) for i, part in enumerate(settings.parts)]
 
 
 def _check_of(name: str) -> Callable[..., Any]:
