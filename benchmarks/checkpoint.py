@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.policy.checkpoint import commit, seal
+from megatron_vespo.policy.checkpoint import seal
+from megatron_vespo.policy.checkpoint_folder import commit
 from megatron_vespo.policy.trainer import PolicyTrainer
 from megatron_vespo.samples.records import Prompt, Sample
 

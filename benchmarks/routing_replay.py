@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
 from megatron_vespo.objectives import build_objective
-from megatron_vespo.policy import layout
+from megatron_vespo.policy import ranks
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.optimizer import wrap_for_training
@@ -112,7 +112,7 @@ class Trainer:
     """One rank, one sequence a micro-batch."""
 
     def __init__(self, folder: Path, dtype: str, samples: Sequence_[Sample]) -> None:
-        layout.initialize(ParallelLayout(), seed=1)
+        ranks.initialize(ParallelLayout(), seed=1)
         hf_config = AutoConfig.from_pretrained(folder)
         self.models = build_model(hf_config, ModelConfig(path=folder, dtype=dtype), ParallelLayout())  # type: ignore[arg-type]
         load_hf(self.models, folder)

@@ -56,7 +56,8 @@ class Case:
         ]
 
 
-CALIBRATION = {"small": Case(8, 8, 1), "large": Case(48, 8, 4)}
+CALIBRATION = {"small": Case(8, 8, 1), "large": Case(48, 8, 1)}
+"""Their mini-batches, of 64 and 384 responses, are on both sides of those predicted."""
 PREDICTED = {
     "N=1": Case(32, 8, 1),
     "N=2": Case(32, 8, 2),

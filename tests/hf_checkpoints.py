@@ -13,7 +13,7 @@ from tiny_models import held, megatron_tensors, share_of, tiny_config, tiny_hf_m
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from megatron_vespo.config.schema import ModelConfig
-from megatron_vespo.policy import layout as ranks
+from megatron_vespo.policy import ranks
 from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import build_model

@@ -21,7 +21,7 @@ from megatron_vespo.loop.start import open_job, open_run
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.metrics import MetricSums
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import read_state, step_folder
+from megatron_vespo.policy.checkpoint_folder import read_state, step_folder
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.store import batch_file, read_batch, stored_steps

@@ -18,7 +18,7 @@ from fake_run import PROMPTS, fake_run
 from megatron_vespo.loop import asynchronous
 from megatron_vespo.loop.run import Run
 from megatron_vespo.observe.records import read_records
-from megatron_vespo.policy.checkpoint import read_state
+from megatron_vespo.policy.checkpoint_folder import read_state
 from megatron_vespo.rollout import EngineError, EnginePool
 from megatron_vespo.rollout.restart import ServedWeights
 from megatron_vespo.samples.accounting import account, account_table

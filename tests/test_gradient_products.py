@@ -18,7 +18,7 @@ from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
 from megatron_vespo.objectives import build_objective
 from megatron_vespo.objectives.lab import angles
-from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.layout import ParallelLayout, local_indices
 from megatron_vespo.samples.packing import pack, plan_micro_batches
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def products_of(layouts: dict[str, dict[str, Any]], samples: dict[str, Any]) -> 
     """(name of the layout, whether the optimizer is distributed) -> [K, K]."""
     from tiny_models import load, megatron_tensors, tiny_hf_model
 
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
     from megatron_vespo.policy.gradients import gradient_products
     from megatron_vespo.policy.model import build_model
     from megatron_vespo.policy.optimizer import wrap_for_training
@@ -62,7 +62,7 @@ def products_of(layouts: dict[str, dict[str, Any]], samples: dict[str, Any]) -> 
         )[ranks.dp_rank()]
         align = int(np.lcm(layout.sequence_multiple, layout.row_multiple))
         batches = [pack([batch[i] for i in members], align=align) for members in plan]
-        batches = [b.shard(ranks.local_indices(b.cu_seqlens, layout.context, ranks.cp_rank())) for b in batches]
+        batches = [b.shard(local_indices(b.cu_seqlens, layout.context, ranks.cp_rank())) for b in batches]
         totals = {"total_tokens": float(sum(s.loss_mask.sum() for s in batch)), "total_sequences": float(len(batch))}
         objectives = [build_objective(objective) for objective in OBJECTIVES]
         weights = megatron_tensors(config, dict(tiny_hf_model(config, torch.float32).named_parameters()))

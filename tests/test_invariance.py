@@ -100,7 +100,7 @@ def test_every_objective_under_a_split(found: dict[tuple[str, str], Findings], k
 def context_collectives(passes: list[Cell]) -> dict[Cell, tuple[list[Any], list[tuple[int, int]]]]:
     """Cell -> what was called on the context-parallel group besides attention's exchange of keys and values, and of
     each micro-batch the number of responses and of this rank's counted tokens."""
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
 
     platform.current().prepare_megatron(1)
     layout = ParallelLayout(world_size=2, **SPLITS["dense"]["CP2"].layout)
@@ -172,7 +172,7 @@ def sends_between_stages() -> list[bool]:
     """Of each send of an interleaved pass that is waited for: whether its tensor was kept until then."""
     from megatron.core.pipeline_parallel import p2p_communication
 
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
 
     platform.current().prepare_megatron(1)
     layout = ParallelLayout(world_size=2, **SPLITS["dense"]["PP2 VPP2"].layout)

@@ -9,7 +9,7 @@ from ranks import RankError, run_ranks
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ParallelConfig
-from megatron_vespo.policy import layout
+from megatron_vespo.policy import ranks
 from megatron_vespo.policy.layout import ParallelLayout, local_indices
 
 
@@ -84,10 +84,10 @@ def layouts_one_after_another() -> tuple[list[tuple[int, int, bool]], int]:
     seen = []
     threads_before = len(list(_threads()))
     for sizes in ({"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}) * 3:
-        layout.initialize(ParallelLayout.from_config(ParallelConfig(**sizes), 2), seed=1)
-        seen.append((layout.dp_rank(), layout.cp_rank(), layout.is_last_stage()))
-        assert (layout.cp_group() is not None) == ("context" in sizes)
-        layout.destroy()
+        ranks.initialize(ParallelLayout.from_config(ParallelConfig(**sizes), 2), seed=1)
+        seen.append((ranks.dp_rank(), ranks.cp_rank(), ranks.is_last_stage()))
+        assert (ranks.cp_group() is not None) == ("context" in sizes)
+        ranks.destroy()
     assert threading.active_count() == 1
     return seen[:4], len(list(_threads())) - threads_before
 

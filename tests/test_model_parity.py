@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
-from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.layout import ParallelLayout, local_indices
 
 TOLERANCE = 1e-5
 MODEL = ModelConfig(path=Path("unused"), dtype="float32", layer_spec="local")
@@ -113,7 +113,7 @@ def errors_of_a_split(
         whole_name,
     )
 
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
     from megatron_vespo.policy.attention import packed_seq_params
     from megatron_vespo.policy.model import build_model
     from megatron_vespo.policy.step import LogprobHead
@@ -137,7 +137,7 @@ def errors_of_a_split(
 
     def forward_step(rows_left: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[torch.Tensor, Any]:
         number, row = next(rows_left)
-        local = ranks.local_indices(row.cu_seqlens, layout.context, ranks.cp_rank())
+        local = local_indices(row.cu_seqlens, layout.context, ranks.cp_rank())
         head = LogprobHead(config.vocab_size, temperature=1.0, path=path).of(row.targets[local])
         packing = packed_seq_params(row.cu_seqlens)
         output = model(row.tokens[None, local], None, None, packed_seq_params=packing, head=head)

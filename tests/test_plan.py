@@ -129,6 +129,16 @@ def test_one_run_says_what_it_cannot_tell(runs: tuple[Path, Path]) -> None:
     assert found.rates.update == 0 and found.rates.train_token > TRUE.train_token
 
 
+def test_an_update_of_another_size_than_those_measured_is_said_to_be_extrapolated(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = calibrate(runs)  # updates of 16 and of 48 responses
+    for name, shape, warned in (("inside", (12, 6, 2), False), ("large", (24, 8, 1), True), ("small", (2, 4, 1), True)):
+        config = load_config(make_run(tmp_path / name, *shape) / "config.resolved.yaml").run
+        warning = found.beyond(plant_of(config), schedule_of(config))
+        assert (warning is not None) == warned, name
+
+
 def test_an_asynchronous_run_is_compared_and_not_calibrated_on(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", 8, 4, 2)
     config = run_dir / "config.resolved.yaml"

@@ -14,7 +14,7 @@ from test_ledger import RECIPE, SIZE, a_trained_run, ids, prompts, responses, sc
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import load_config
 from megatron_vespo.loop.resume import load_newest, recipe
-from megatron_vespo.policy.checkpoint import _record_digest, complete, damage, prune, step_folder
+from megatron_vespo.policy.checkpoint_folder import complete, damage, prune, record_digest, step_folder
 from megatron_vespo.samples.disk import file_digest
 from megatron_vespo.samples.ledger import Ledger
 
@@ -46,7 +46,7 @@ def make_checkpoints(folder: Path, count: int) -> list[Path]:
             (made[-1] / f"__{i}_0.distcp").write_bytes(bytes([step, i] * 50))
         files = {path.name: (path.stat().st_size, file_digest(path)) for path in made[-1].iterdir()}
         record = {"driver": {"step": step}, "model": {}, "files": files}
-        record["digest"] = _record_digest(json.loads(json.dumps(record)))
+        record["digest"] = record_digest(json.loads(json.dumps(record)))
         (made[-1] / "state.json").write_text(json.dumps(record))
     return made
 

@@ -15,7 +15,7 @@ from router_reference import router_reference
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
-from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.layout import ParallelLayout, local_indices
 from megatron_vespo.samples.packing import pack
 from megatron_vespo.samples.records import Prompt, Sample
 
@@ -117,7 +117,7 @@ def errors_of_a_split(
     from tiny_models import gather_gradient_shards, held, load, megatron_tensors, share_of, tiny_hf_model, whole_name
 
     from megatron_vespo.objectives import build_objective
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
     from megatron_vespo.policy.model import build_model
     from megatron_vespo.policy.optimizer import wrap_for_training
     from megatron_vespo.policy.router import RouterLosses
@@ -140,7 +140,7 @@ def errors_of_a_split(
     plan = [mine[size * i : size * (i + 1)] for i in range(count)]
     align = int(np.lcm.reduce([align, layout.sequence_multiple, layout.row_multiple]))
     batches = [pack([samples[i] for i in members], align=align) for members in plan]
-    batches = [b.shard(ranks.local_indices(b.cu_seqlens, layout.context, ranks.cp_rank())) for b in batches]
+    batches = [b.shard(local_indices(b.cu_seqlens, layout.context, ranks.cp_rank())) for b in batches]
     totals = dict(total_tokens=float(sum(s.loss_mask.sum() for s in samples)), total_sequences=float(len(samples)))
     head, loss = LogprobHead(config.vocab_size, temperature=1.0), objective_loss(build_objective("reinforce"), totals)
     router_losses = RouterLosses.of_mini_batch(model_config, [s.length for s in samples])
@@ -169,7 +169,7 @@ def forward_only(losses: dict[str, float]) -> tuple[set[type], list[float]]:
     """The classes of a model's routers, and the values of losses attached to them after a pass without a backward."""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
     from megatron_vespo.policy.model import build_model
     from megatron_vespo.policy.router import RouterLosses
     from megatron_vespo.policy.step import LogprobHead, run_micro_batches

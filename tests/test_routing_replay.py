@@ -16,7 +16,7 @@ from routing_reference import LENGTHS, Reference, make_config, make_model, make_
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
-from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.layout import ParallelLayout, local_indices
 from megatron_vespo.samples.packing import pack
 from megatron_vespo.samples.records import Sample
 
@@ -79,7 +79,7 @@ class Rank:
     """One rank of one split."""
 
     def __init__(self, kind: str, split: dict[str, Any]) -> None:
-        from megatron_vespo.policy import layout as ranks
+        from megatron_vespo.policy import ranks
         from megatron_vespo.policy.model import build_model
         from megatron_vespo.policy.optimizer import wrap_for_training
         from megatron_vespo.policy.routing_replay import RoutingReplay
@@ -106,7 +106,7 @@ class Rank:
     ) -> tuple[float, float, tuple[float, float] | None]:
         """Worst log-prob error, worst gradient error (relative to its tensor's largest), routing mismatch."""
         from megatron_vespo.objectives import build_objective
-        from megatron_vespo.policy import layout as ranks
+        from megatron_vespo.policy import ranks
         from megatron_vespo.policy.routing_replay import mismatch_metric
         from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches
 
@@ -118,7 +118,7 @@ class Rank:
         plan = [[samples[i] for i in mine[self.size * n : self.size * (n + 1)]] for n in range(count)]
         align = int(np.lcm(self.layout.sequence_multiple, self.layout.row_multiple))
         whole = [pack(members, align=align) for members in plan]
-        local = [ranks.local_indices(b.cu_seqlens, self.layout.context, ranks.cp_rank()) for b in whole]
+        local = [local_indices(b.cu_seqlens, self.layout.context, ranks.cp_rank()) for b in whole]
         batches = [b.shard(rows) for b, rows in zip(whole, local, strict=True)]
         of_pass = self.replay.of_update if update else self.replay.of_old_pass
         routings = [of_pass(m, b.cu_seqlens, rows) for m, b, rows in zip(plan, whole, local, strict=True)]
@@ -154,7 +154,7 @@ class Rank:
 
 
 def results_of_a_split(kind: str, split: dict[str, Any], expected: dict[str, Reference]) -> dict[str, Any]:
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
 
     rank, samples = Rank(kind, split), make_samples(kind)
     unrouted = [replace(s, routed_experts=None) for s in samples]

@@ -17,7 +17,7 @@ from megatron_vespo.cluster.ray_cluster import ClusterError
 from megatron_vespo.cluster.trainer_group import RankLost
 from megatron_vespo.loop import attempts, synchronous
 from megatron_vespo.loop.run import Run
-from megatron_vespo.policy.checkpoint import complete, newest, newest_step, read_state
+from megatron_vespo.policy.checkpoint_folder import complete, newest, newest_step, read_state
 from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.samples.accounting import account
 from megatron_vespo.samples.disk import DiskFull

@@ -55,7 +55,7 @@ def update_and_export(config_file: Path, overrides: list[str], folder: Path) -> 
 
 def save(trainer: Any, folder: Path, state: dict[str, Any]) -> None:
     """As the driver has it done."""
-    from megatron_vespo.policy import checkpoint
+    from megatron_vespo.policy import checkpoint_folder
 
     trainer.take_snapshot(folder)
     # Training goes on: what is written is of before.
@@ -66,7 +66,7 @@ def save(trainer: Any, folder: Path, state: dict[str, Any]) -> None:
     dist.all_gather_object(written, trainer.write_snapshot())
     if dist.get_rank() == 0:
         trainer.seal(state, written)
-        checkpoint.commit(folder)
+        checkpoint_folder.commit(folder)
     dist.barrier()
 
 
@@ -77,7 +77,7 @@ def parameters(trainer: Any) -> list[torch.Tensor]:
 
 def check_checkpoint(trainer: Any, folder: Path) -> None:
     """Nothing is written where it would not fit, and the estimate is the size; a changed byte is found by one rank."""
-    from megatron_vespo.policy import checkpoint
+    from megatron_vespo.policy import checkpoint, checkpoint_folder
 
     state = {"step": 1, "version": 2}
     free_bytes, checkpoint.free_bytes = checkpoint.free_bytes, lambda folder: 1000 + 10**9 * dist.get_rank()
@@ -91,7 +91,7 @@ def check_checkpoint(trainer: Any, folder: Path) -> None:
     assert not torch.equal(parameters(trainer)[0], before[0])
     trainer.load(folder)
     assert all(torch.equal(now, then) for now, then in zip(parameters(trainer), before, strict=True))
-    assert checkpoint.read_state(folder) == state and checkpoint.complete(folder.parent) == [folder]
+    assert checkpoint_folder.read_state(folder) == state and checkpoint_folder.complete(folder.parent) == [folder]
     size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     needed = int(str(refusal.value).partition("needs ")[2].split()[0].replace(",", ""))
     assert size <= needed < 1.4 * size, (needed, size)  # a small model is half headers

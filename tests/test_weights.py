@@ -87,12 +87,12 @@ def label(value: object) -> str:
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """A world of this process alone."""
-    from megatron_vespo.policy import layout
+    from megatron_vespo.policy import ranks
 
     platform.current().prepare_megatron()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    layout.destroy()
+    ranks.destroy()
     dist.destroy_process_group()
 
 

@@ -32,7 +32,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vespo.cluster.ray_cluster import ClusterError
     from megatron_vespo.loop.attempts import train
     from megatron_vespo.loop.stop import STOPPED, StoppedEarly
-    from megatron_vespo.policy.checkpoint import CheckpointError
+    from megatron_vespo.policy.checkpoint_folder import CheckpointError
     from megatron_vespo.rewards import RewardError
     from megatron_vespo.rollout.episodes import EpisodeError
     from megatron_vespo.rollout.protocol import EngineError

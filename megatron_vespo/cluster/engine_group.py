@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_vespo.rollout.health import wait_until_ready
 from megatron_vespo.rollout.launch import LOOPBACK, flag_names
 from megatron_vespo.rollout.precision import is_block_fp8
 from megatron_vespo.weights.fp8 import quantise_stream
-from megatron_vespo.weights.load import stream_hf
+from megatron_vespo.weights.hf_folder import stream_hf
 from megatron_vespo.weights.save import save_hf_folder
 
 LOGGER = "megatron_vespo.rollout"
@@ -103,7 +104,7 @@ class EngineHost:
 
 
 class EngineGroup:
-    """The engines of a run, as one pool. Raises :class:`ClusterError` when one cannot be launched or reached.
+    """The engines of a run, as one pool. They start while the caller goes on, until it asks for :attr:`pool`.
 
     On one machine engines listen on loopback. Where the cluster has other nodes they listen on their node's address,
     and want a key that is made anew for each run and kept in no file.
@@ -127,20 +128,27 @@ class EngineGroup:
         self._closed = False
         self.key: str | None = None
         """What the engines want as a bearer token."""
-        try:
-            self.pool = self._attached() if config.rollout.urls else self._launched()
-        except BaseException:
-            self.close()
-            raise
+        if config.rollout.urls:
+            return
+        self.key = secrets.token_urlsafe(32) if spans_nodes(config) else None
+        self._weights = ServedWeights(first_weights(config).resolve(), 0)
+        self._hosts = [self._host(index) for index in range(config.rollout.engines)]
+        self._launches = [self._launch(index, self._weights) for index in range(len(self._hosts))]
+
+    @cached_property
+    def pool(self) -> EnginePool:
+        """Waits until all engines are ready. Raises :class:`ClusterError`."""
+        return self._attached() if self.config.rollout.urls else self._launched()
 
     def close(self) -> None:
         """End every engine that was launched here."""
         with self._lock:
             self._closed = True
-        if hasattr(self, "pool"):
+        launched = "pool" in self.__dict__
+        if launched:
             self.pool.close()
         for host in self._hosts:
-            _end(host)
+            _end(host) if launched else ray.kill(host)  # it answers nobody while it launches; its engine goes with it
         self._hosts = []
         for handler in self._log:
             logging.getLogger(LOGGER).removeHandler(handler)
@@ -164,12 +172,8 @@ class EngineGroup:
     # --- starting --------------------------------------------------------------------------------------------------
 
     def _launched(self) -> EnginePool:
-        self.key = secrets.token_urlsafe(32) if spans_nodes(self.config) else None
-        self._hosts = [self._host(index) for index in range(self.config.rollout.engines)]
-        weights = ServedWeights(first_weights(self.config).resolve(), 0)
-        urls = self._wait([self._launch(index, weights) for index in range(len(self._hosts))])
-        engines = [self._engine(url) for url in urls]
-        return EnginePool(engines, launcher=self, weights=weights, patience=_patience(self.config))
+        engines = [self._engine(url) for url in self._wait(self._launches)]
+        return EnginePool(engines, launcher=self, weights=self._weights, patience=_patience(self.config))
 
     def _attached(self) -> EnginePool:
         rollout = self.config.rollout

@@ -22,8 +22,7 @@ from megatron_vespo.cluster.ray_cluster import TRAINER_NODE, ClusterError
 from megatron_vespo.cluster.weight_sender import WeightSender
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
-from megatron_vespo.policy.checkpoint import CheckpointError
-from megatron_vespo.policy.snapshot import Written
+from megatron_vespo.policy.checkpoint_folder import CheckpointError
 from megatron_vespo.rollout.protocol import EngineError
 from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.records import Sample
@@ -32,6 +31,7 @@ from megatron_vespo.weights.sync import SyncError, SyncReport
 
 if TYPE_CHECKING:
     from megatron_vespo.policy.device_memory import Held
+    from megatron_vespo.policy.snapshot import Written
 
 PLACEMENT_DEADLINE_S = 120
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -98,7 +98,10 @@ class TrainerRank:
 
 
 class TrainerGroup:
-    """All ranks; each method is one collective call of PolicyTrainer. Raises :class:`ClusterError`."""
+    """All ranks; each method is one collective call of PolicyTrainer. Raises :class:`ClusterError`.
+
+    They start while the caller goes on, so that engines can start beside them; the first call waits for them.
+    """
 
     def __init__(self, config: RunConfig, logs: Path) -> None:
         cluster = config.cluster
@@ -117,7 +120,7 @@ class TrainerGroup:
         self.ranks = [self._place(config, rank, seat) for rank in range(cluster.world_size)]
         try:
             rendezvous = self._gather([self.ranks[0].rendezvous.remote()])[0]
-            self._gather([actor.start.remote(config, rank, rendezvous) for rank, actor in enumerate(self.ranks)])
+            self._starting = [actor.start.remote(config, rank, rendezvous) for rank, actor in enumerate(self.ranks)]
         except BaseException:
             self.close()
             raise
@@ -173,7 +176,13 @@ class TrainerGroup:
                     continue  # it has lost the same one
         return None
 
+    def _await_start(self) -> None:
+        if self._starting:
+            self._gather(self._starting)
+            self._starting = []
+
     def _all(self, method: str, *arguments: Any) -> list[Any]:
+        self._await_start()
         return self._gather([actor.call.remote(method, *arguments) for actor in self.ranks])
 
     # ------------------------------------------------------------------------------------------ collective calls

@@ -84,8 +84,13 @@ class OnSharedDevices:
         self._seconds += time.perf_counter() - start
 
 
+def start_beside(config: RunConfig) -> bool:
+    """Whether engines can start before the trainer has: they need neither its memory nor to know its devices."""
+    return not config.cluster.colocate and config.sync.transport != "ipc"
+
+
 def launch_engines(config: RunConfig, trainers: TrainerGroup, logs: Path) -> tuple[EngineGroup, Turns]:
-    """The engines of a run, beside its trainer or on its devices (``cluster.colocate``). Raises ClusterError."""
+    """The engines of a run, beside its trainer or on its devices (``cluster.colocate``)."""
     sender = trainers.devices()[0] if config.sync.transport == "ipc" else []
     if not config.cluster.colocate:
         return EngineGroup(config, logs, visible=sender), Apart()

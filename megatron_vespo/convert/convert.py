@@ -21,7 +21,7 @@ from megatron_vespo.convert.partial import Partial
 from megatron_vespo.convert.placement import Placement, place
 from megatron_vespo.convert.safetensors_folder import HfReader, HfWriter
 from megatron_vespo.convert.stream import DEFAULT_WORKERS, Change, Source, Target, Transfer, Written, bands
-from megatron_vespo.policy.checkpoint import HF_FOLDER
+from megatron_vespo.policy.checkpoint_folder import HF_FOLDER
 from megatron_vespo.weights.checksum import ALGORITHM
 from megatron_vespo.weights.fp8 import BLOCK, SCALE_SUFFIX, is_block_quantised, quantise_blocks
 from megatron_vespo.weights.mapping import IGNORED_HF_TENSORS, Shape, WeightsError, is_multi_token_prediction

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig
-from megatron_vespo.policy import layout
+from megatron_vespo.policy import ranks
 from megatron_vespo.policy.checkpoint import sharded_weights
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.model import PolicyModel, build_model
@@ -164,9 +164,9 @@ def one_rank() -> Iterator[None]:
     if not found:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        layout.initialize(ParallelLayout(world_size=dist.get_world_size()), seed=1)
+        ranks.initialize(ParallelLayout(world_size=dist.get_world_size()), seed=1)
         yield
     finally:
-        layout.destroy()
+        ranks.destroy()
         if not found:
             dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch
 
 from megatron_vespo.convert.files import Files
 from megatron_vespo.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise_blocks
-from megatron_vespo.weights.load import INDEX_FILE
+from megatron_vespo.weights.hf_folder import INDEX_FILE
 from megatron_vespo.weights.mapping import Shape, WeightsError
 from megatron_vespo.weights.save import CHECKSUM_FILE
 

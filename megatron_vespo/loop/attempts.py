@@ -7,7 +7,7 @@ from megatron_vespo.cluster.trainer_group import RankLost
 from megatron_vespo.config.load import ResolvedConfig
 from megatron_vespo.loop import modes
 from megatron_vespo.loop.start import open_job, open_run
-from megatron_vespo.policy.checkpoint import newest_step
+from megatron_vespo.policy.checkpoint_folder import newest_step
 
 
 def train(resolved: ResolvedConfig) -> None:

@@ -15,7 +15,7 @@ from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.preflight_mode import check_mode
 from megatron_vespo.policy.architecture import check_architecture, check_layout, check_router_losses, num_experts
-from megatron_vespo.policy.checkpoint import CheckpointError, check_same_model, check_weights, newest
+from megatron_vespo.policy.checkpoint_folder import CheckpointError, check_same_model, check_weights, newest
 from megatron_vespo.policy.layout import ParallelLayout
 from megatron_vespo.policy.memory import estimate_memory
 from megatron_vespo.policy.objective import objective_of

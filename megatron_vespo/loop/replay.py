@@ -10,7 +10,7 @@ from megatron_vespo.config.load import ConfigError, load_config
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.preflight import check_policy
 from megatron_vespo.objectives import ObjectiveInputs
-from megatron_vespo.policy.checkpoint import STATE_FILE, CheckpointError, check_same_model, newest, read_state
+from megatron_vespo.policy.checkpoint_folder import STATE_FILE, CheckpointError, check_same_model, newest, read_state
 from megatron_vespo.policy.response_weights import parts, response_inputs
 from megatron_vespo.samples.records import Sample
 from megatron_vespo.samples.store import StoreError, batch_file, read_batch, stored_steps

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.policy.checkpoint import newest, set_aside, set_incomplete_aside
+from megatron_vespo.policy.checkpoint_folder import newest, set_aside, set_incomplete_aside
 from megatron_vespo.samples.records import Prompt
 
 DECIDES_NO_SAMPLE = ("name", "run_dir", "evaluate", "checkpoint", "sync", "cluster", "log")

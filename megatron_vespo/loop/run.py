@@ -29,7 +29,7 @@ from megatron_vespo.observe.records import read_records
 from megatron_vespo.observe.report import write_report
 from megatron_vespo.observe.timing import PhaseTimer
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import newest_step
+from megatron_vespo.policy.checkpoint_folder import newest_step
 from megatron_vespo.rewards.length import overlong_penalty
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.policy.checkpoint import commit, complete, prune, read_state, step_folder
+from megatron_vespo.policy.checkpoint_folder import commit, complete, prune, read_state, step_folder
 from megatron_vespo.samples.ledger import Ledger
 
 

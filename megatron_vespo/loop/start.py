@@ -14,7 +14,7 @@ from typing import Any
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.cluster.turns import Apart, Turns, launch_engines
+from megatron_vespo.cluster.turns import Apart, Turns, launch_engines, start_beside
 from megatron_vespo.cluster.weight_sender import sync_folder
 from megatron_vespo.config.dotted import import_function
 from megatron_vespo.config.evaluation import HeldOut, held_out_sets
@@ -26,11 +26,12 @@ from megatron_vespo.loop.run import Run
 from megatron_vespo.loop.weight_sync import WeightSync
 from megatron_vespo.observe.progress import RunProgress
 from megatron_vespo.observe.writer import RunWriter
-from megatron_vespo.policy.checkpoint import read_state
-from megatron_vespo.policy.routing_replay import routing_shape
+from megatron_vespo.policy.architecture import routing_shape
+from megatron_vespo.policy.checkpoint_folder import read_state
 from megatron_vespo.rewards.grader import build_grader, check_rewards
 from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode
+from megatron_vespo.rollout.pool import EnginePool
 from megatron_vespo.samples.dataset import Duplicates, load_prompts
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape
@@ -114,13 +115,15 @@ def open_run(job: Job) -> Iterator[Run]:
     with ExitStack() as stack:
         trainers = TrainerGroup(config, directory / "logs")
         stack.callback(trainers.close)
-        checkpoint = load_newest(config, trainers)
         fresh = job.engines is None
+        if fresh and start_beside(config):
+            _launch_engines(job, trainers)
+        checkpoint = load_newest(config, trainers)
         if job.engines is None:
-            job.engines, job.turns = launch_engines(config, trainers, directory / "logs")
-            job.stack.callback(job.engines.close)
+            _launch_engines(job, trainers)
+        assert job.engines is not None
         engines, turns = job.engines, job.turns
-        stack.callback(_forsake, engines)
+        stack.callback(_forsake, engines.pool)
         state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0, "version": 0}
         prompts.restore(state["prompts"]) if checkpoint else prompts.rewind()
         rollback = job.ledger.roll_back(state["version"], recipe(config, prompts.prompts))
@@ -171,10 +174,15 @@ def open_run(job: Job) -> Iterator[Run]:
             raise
 
 
-def _forsake(engines: EngineGroup) -> None:
+def _launch_engines(job: Job, trainers: TrainerGroup) -> None:
+    job.engines, job.turns = launch_engines(job.config, trainers, job.config.directory / "logs")
+    job.stack.callback(job.engines.close)
+
+
+def _forsake(pool: EnginePool) -> None:
     """Whoever asked for responses, or would have sent weights, is gone."""
-    engines.pool.refresh = None
-    engines.pool.forsake()
+    pool.refresh = None
+    pool.forsake()
 
 
 def training_stream(config: RunConfig, tokenizer: Any) -> PromptStream | MixedStream:

@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.convert.convert import find_hf, to_hf
 from megatron_vespo.convert.megatron_folder import is_megatron_folder
-from megatron_vespo.policy.checkpoint import complete
+from megatron_vespo.policy.checkpoint_folder import complete
 
 
 @dataclass(frozen=True, slots=True)

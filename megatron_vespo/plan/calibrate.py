@@ -24,12 +24,14 @@ from megatron_vespo.plan.engine import Group
 from megatron_vespo.plan.outcome import Outcome
 from megatron_vespo.plan.pool import Pool
 from megatron_vespo.plan.rates import Rates
-from megatron_vespo.plan.setup import Plant, plant_of
+from megatron_vespo.plan.setup import Plant, Schedule, plant_of
 from megatron_vespo.plan.workload import GroupShape, MeasuredLengths, groups_of
 from megatron_vespo.samples.store import StoreError, batch_file, read_batch, stored_steps
 
 WARMUP_STEPS = 2
 """Of a run, in which kernels are compiled and caches filled: not looked at."""
+FAR = 1.5
+"""Beyond what was measured by more than this factor, a time is said to be extrapolated."""
 UNIT = Rates(decode_step=1.0, decode_response=0.0, train_token=0.0)
 
 
@@ -76,7 +78,22 @@ class Calibration:
     workload: MeasuredLengths
     steps: int
     """Steps that were looked at."""
+    update_tokens: tuple[float, float] = (0.0, np.inf)
+    """The fewest and the most tokens a trainer GPU had in an update that was looked at."""
     warnings: list[str] = field(default_factory=list)
+
+    def beyond(self, plant: Plant, schedule: Schedule) -> str | None:
+        """A warning where the updates of ``schedule`` are much smaller or larger than those that were measured."""
+        groups = self.workload.groups
+        lengths = [group.prompt + np.minimum(group.responses, schedule.longest).mean() for group in groups]
+        tokens = schedule.groups * schedule.size * float(np.mean(lengths)) / plant.trainer_gpus
+        least, most = self.update_tokens
+        if least / FAR <= tokens <= most * FAR:
+            return None
+        return (
+            f"an update of the config is about {tokens:,.0f} tokens a trainer GPU, those measured {least:,.0f} to "
+            f"{most:,.0f}: what is fixed and what grows with them is extrapolated. Add a run with such ones to --from"
+        )
 
 
 def calibrate(run_dirs: Sequence[Path]) -> Calibration:
@@ -138,7 +155,8 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
         step_response=driver_response,
     )
     workload = MeasuredLengths([group for step in steps for group in step.groups])
-    return Calibration(rates, workload, len(steps), warnings)
+    per_update = [step.replica_tokens / step.updates for step in steps]
+    return Calibration(rates, workload, len(steps), (min(per_update), max(per_update)), warnings)
 
 
 def measured_outcome(run_dir: Path) -> Outcome:

@@ -50,8 +50,10 @@ def simulate_plan(
 ) -> Page:
     """assumptions: ``rates.sync=20`` and the like. Raises ConfigError."""
     source = _source(run_dirs, rates_file, assumptions)
-    forecast = Forecast(source.rates, source.workload if isinstance(source, Calibration) else source.lengths, seed=seed)
     plant, schedule = plant_of(config), schedule_of(config)
+    if isinstance(source, Calibration) and (warning := source.beyond(plant, schedule)):
+        source = replace(source, warnings=[*source.warnings, warning])
+    forecast = Forecast(source.rates, source.workload if isinstance(source, Calibration) else source.lengths, seed=seed)
     gpus = gpus or plant.gpus
     try:
         own = forecast.of(plant, schedule)

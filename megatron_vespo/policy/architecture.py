@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from megatron_vespo.config.schema import ModelConfig
 from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.samples.records import RoutingShape
 
 FAMILIES = ("deepseek_v3", "glm4_moe", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """Values of ``model_type`` that are built."""
@@ -169,3 +170,11 @@ def _divisions(hf_config: PreTrainedConfig, layout: ParallelLayout) -> Iterator[
         stages = layout.pipeline * layout.virtual_pipeline
         field = "parallel.pipeline x parallel.virtual_pipeline"
         yield field, stages, "num_hidden_layers", hf_config.num_hidden_layers
+
+
+def routing_shape(hf_config: PreTrainedConfig) -> RoutingShape | None:
+    """None for a dense model."""
+    if not num_experts(hf_config):
+        return None
+    routing = tuple(i for i, moe in enumerate(moe_layers(hf_config)) if moe)
+    return RoutingShape(len(moe_layers(hf_config)), routing, hf_config.num_experts_per_tok, num_experts(hf_config))

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_vespo.objectives.build import ComposedObjective
-from megatron_vespo.policy import layout
+from megatron_vespo.policy import ranks
 from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches, search_bounds
 from megatron_vespo.samples.packing import PackedBatch
 
@@ -73,7 +73,7 @@ def owned_gradients(chunk: DistributedDataParallel) -> Iterator[torch.Tensor]:
             for parameter in bucket.params_list:
                 # An expert's copies are all in the buffer's group, tensor-parallel ranks included (and Transformer
                 # Engine does not mark its shards as tensor-parallel).
-                if not (of_experts or param_is_not_tensor_parallel_duplicate(parameter, layout.tp_group())):
+                if not (of_experts or param_is_not_tensor_parallel_duplicate(parameter, ranks.tp_group())):
                     continue
                 start, stop, _ = buffer.param_index_map[parameter]
                 start, stop = max(start, first), min(stop, end)

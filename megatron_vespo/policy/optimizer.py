@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vespo import platform
 from megatron_vespo.config.schema import OptimizerConfig
 from megatron_vespo.objectives.ess import ess_step_scale
-from megatron_vespo.policy import layout
+from megatron_vespo.policy import ranks
 
 
 def wrap_for_training(models: Sequence[GPTModel], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
@@ -101,7 +101,7 @@ def scale_learning_rate(
     """
     scale = torch.tensor([ess_step_scale(metrics, weight=weight) if metrics else 0.0], dtype=torch.float64)
     scale = scale.to(platform.current().device)
-    group = layout.pp_group()
+    group = ranks.pp_group()
     dist.broadcast(scale, group=group, group_src=group.size() - 1)
     for parameters in optimizer.param_groups:
         parameters["lr"] *= scale.item()

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from megatron_vespo import platform
-from megatron_vespo.policy import layout
-from megatron_vespo.policy.architecture import moe_layers, num_experts
+from megatron_vespo.policy import ranks
+from megatron_vespo.policy.architecture import routing_shape
 from megatron_vespo.policy.model import PolicyModel
-from megatron_vespo.samples.records import RoutingShape, Sample
+from megatron_vespo.samples.records import Sample
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """megatron-core's: (scores [t, E], topk, num_groups=, group_topk=) -> values and expert numbers [t, topk]."""
@@ -157,7 +157,7 @@ class RoutingReplay:
 
     def _own(self, local: torch.Tensor) -> torch.Tensor:
         """Sequence parallelism cuts a context-parallel rank's tokens evenly over its tensor-parallel ranks."""
-        return local.chunk(layout.tp_group().size())[layout.tp_rank()] if self._sequence_parallel else local
+        return local.chunk(ranks.tp_group().size())[ranks.tp_rank()] if self._sequence_parallel else local
 
     def _of_engine(
         self, samples: Sequence[Sample], cu_seqlens: torch.Tensor, mine: torch.Tensor
@@ -195,14 +195,6 @@ class RoutingReplay:
     ) -> MicroBatchRouting:
         device = platform.current().device
         return MicroBatchRouting(given.to(device), None if replayed is None else replayed.to(device), recorded)
-
-
-def routing_shape(hf_config: PreTrainedConfig) -> RoutingShape | None:
-    """None for a dense model."""
-    if not num_experts(hf_config):
-        return None
-    routing = tuple(i for i, moe in enumerate(moe_layers(hf_config)) if moe)
-    return RoutingShape(len(moe_layers(hf_config)), routing, hf_config.num_experts_per_tok, num_experts(hf_config))
 
 
 def mismatch_metric(name: str, routings: Sequence[MicroBatchRouting] | None) -> dict[str, tuple[float, float]]:

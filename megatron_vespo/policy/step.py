@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vespo.objectives import ObjectiveInputs
 from megatron_vespo.objectives.build import ComposedObjective
 from megatron_vespo.objectives.inputs import Metric
-from megatron_vespo.policy import layout
+from megatron_vespo.policy import ranks
 from megatron_vespo.policy.attention import packed_seq_params
 from megatron_vespo.policy.fused_logprobs import fused_logprobs
 from megatron_vespo.policy.logprobs import plain_logprobs
@@ -57,7 +57,7 @@ class LogprobHead:
                     labels,
                     vocab_size=self.vocab_size,
                     temperature=self.temperature,
-                    tp_group=layout.tp_group(),
+                    tp_group=ranks.tp_group(),
                 )
             )
 
@@ -123,7 +123,7 @@ def objective_inputs(
         num_segments=batch.num_segments,
         total_tokens=total_tokens,
         total_sequences=total_sequences,
-        cp_group=layout.cp_group(),
+        cp_group=ranks.cp_group(),
     )
 
 
@@ -166,7 +166,7 @@ def search_bounds(
     if not shares:
         return objective
     sums = torch.stack(shares).sum(0)
-    dist.all_reduce(sums, group=layout.dp_cp_group())
+    dist.all_reduce(sums, group=ranks.dp_cp_group())
     return objective.prepare(sums)
 
 
@@ -179,5 +179,5 @@ def sum_metrics(tables: Sequence[dict[str, Metric]]) -> MetricTable:
         [torch.stack([part.double() for part in table[name]]) for table in tables for name in names]
     ).reshape(len(tables), len(names), 2)
     total = shares.sum(0)
-    dist.all_reduce(total, group=layout.dp_cp_group())
+    dist.all_reduce(total, group=ranks.dp_cp_group())
     return {name: (total[i, 0].item(), total[i, 1].item()) for i, name in enumerate(names)}

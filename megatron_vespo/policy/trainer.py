@@ -20,11 +20,11 @@ from transformers import AutoConfig
 from megatron_vespo import platform
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.objectives.build import ComposedObjective
-from megatron_vespo.policy import checkpoint, layout
+from megatron_vespo.policy import checkpoint, checkpoint_folder, ranks
 from megatron_vespo.policy.architecture import num_experts
 from megatron_vespo.policy.device_memory import Held, TrainerMemory
 from megatron_vespo.policy.gradients import gradient_products
-from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.layout import ParallelLayout, local_indices
 from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.objective import objective_of
 from megatron_vespo.policy.optimizer import build_optimizer, scale_learning_rate, wrap_for_training
@@ -71,7 +71,7 @@ class PolicyTrainer:
         self.device = platform.current().device
         self.hf_config = AutoConfig.from_pretrained(config.model.path)
         self.layout = ParallelLayout.from_config(config.parallel, dist.get_world_size(), num_experts(self.hf_config))
-        layout.initialize(self.layout, config.seed)
+        ranks.initialize(self.layout, config.seed)
         self.models = build_model(self.hf_config, config.model, self.layout)
         if config.model.weights is None:
             load_hf(self.models, config.model.path)
@@ -202,7 +202,7 @@ class PolicyTrainer:
             data_parallel=self.layout.data,
             token_budget=self.config.train.tokens_per_micro_batch,
             multiple_of=self.layout.pipeline if self.layout.virtual_pipeline else 1,
-        )[layout.dp_rank()]
+        )[ranks.dp_rank()]
 
     def _batches(self, samples: Sequence[Sample]) -> list[PackedBatch]:
         """This rank's micro-batches: its data-parallel share, its context-parallel shard, on its device."""
@@ -222,17 +222,17 @@ class PolicyTrainer:
         return [of_pass(mine, cu, self._local(cu)) for mine, cu in zip(members, ends, strict=True)]
 
     def _local(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        return layout.local_indices(cu_seqlens, self.layout.context, layout.cp_rank())
+        return local_indices(cu_seqlens, self.layout.context, ranks.cp_rank())
 
     def _unshard(self, shard: torch.Tensor, batch: PackedBatch) -> np.ndarray:
         row = shard.new_zeros(int(batch.cu_seqlens[-1]))
         row[self._local(batch.cu_seqlens.cpu()).to(row.device)] = shard
         if self.layout.context > 1:
-            dist.all_reduce(row, group=layout.cp_group())
+            dist.all_reduce(row, group=ranks.cp_group())
         return row.cpu().numpy()
 
     def _reports(self) -> bool:
-        return layout.tp_rank() == 0 and layout.cp_rank() == 0
+        return ranks.tp_rank() == 0 and ranks.cp_rank() == 0
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -260,16 +260,16 @@ class PolicyTrainer:
         return self.snapshot.write()
 
     def seal(self, driver_state: dict[str, Any], written: Sequence[Written]) -> None:
-        """On rank 0 alone, with what all ranks have written. Leaves what :func:`~.checkpoint.commit` renames."""
+        """On rank 0 alone, with what all ranks have written. Leaves what :func:`~.checkpoint_folder.commit` renames."""
         assert self.snapshot is not None, "it has been taken"
         checkpoint.seal(self.snapshot, self.hf_config, driver_state, written)
 
     def damage(self, folder: Path) -> list[str]:
         """Files of this rank's share of a checkpoint that are not what was written."""
-        return checkpoint.damage(folder, dist.get_rank(), dist.get_world_size())
+        return checkpoint_folder.damage(folder, dist.get_rank(), dist.get_world_size())
 
     def load(self, folder: Path) -> None:
-        checkpoint.check_same_model(folder, self.hf_config)
+        checkpoint_folder.check_same_model(folder, self.hf_config)
         checkpoint.load_checkpoint(folder, self.models, self.optimizer, self.scheduler)
 
 

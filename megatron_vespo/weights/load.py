@@ -6,31 +6,28 @@ they refuse a checkpoint together and before anything is changed; then each read
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from megatron_vespo.weights.hf_folder import HfFolder, open_tensors
 from megatron_vespo.weights.mapping import (
     EMBEDDING,
     IGNORED_HF_TENSORS,
     OUTPUT,
-    Shape,
     WeightsError,
     family,
     is_multi_token_prediction,
 )
 from megatron_vespo.weights.parameters import LocatedParameter, locate_parameters, unwrap
 
-INDEX_FILE = "model.safetensors.index.json"
 _READABLE = {"F64", "F32", "F16", "BF16"}
 _MOST_PROBLEMS = 20
 
@@ -44,26 +41,6 @@ class _Copy:
     target: torch.Tensor
 
 
-class _Checkpoint:
-    """The tensors of an HF folder by name: their files and, from the files' headers, their shapes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = _tensor_files(folder)
-        self._headers: dict[Path, dict[str, tuple[Shape, str]]] = {}
-
-    def header(self, name: str) -> tuple[Shape, str]:
-        """(shape, safetensors dtype). Raises WeightsError when the file is missing, broken or without the tensor."""
-        file = self.files[name]
-        if file not in self._headers:
-            with _open(file) as handle:
-                slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
-                self._headers[file] = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-        if name not in self._headers[file]:
-            raise WeightsError(f"{name}: {self.folder / INDEX_FILE} says it is in {file}, and it is not")
-        return self._headers[file][name]
-
-
 def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
     """Fills every parameter of ``models`` from the safetensors of ``folder``, converted to the parameters' dtype.
 
@@ -75,7 +52,7 @@ def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
     """
     hf_config = AutoConfig.from_pretrained(folder)
     parameters = locate_parameters(models, hf_config)
-    checkpoint = _Checkpoint(folder)
+    checkpoint = HfFolder(folder)
     _leave_out_multi_token_prediction(checkpoint, hf_config)
     plan: dict[Path, list[_Copy]] = defaultdict(list)
     problems: list[str] = []
@@ -92,21 +69,12 @@ def load_hf(models: Sequence[torch.nn.Module], folder: Path) -> None:
     for parameter in parameters:
         _zero_padding(parameter)
     for file, copies in plan.items():
-        with _open(file) as handle:
+        with open_tensors(file) as handle:
             for copy in copies:
                 copy.target.copy_(handle.get_slice(copy.source)[copy.cut])
 
 
-def stream_hf(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of an HF folder, file by file. Raises WeightsError."""
-    files = _tensor_files(folder)
-    for file in sorted(set(files.values())):
-        with _open(file) as handle:
-            for name in sorted(name for name, place in files.items() if place == file):
-                yield name, handle.get_tensor(name)
-
-
-def _leave_out_multi_token_prediction(checkpoint: _Checkpoint, hf_config: PreTrainedConfig) -> None:
+def _leave_out_multi_token_prediction(checkpoint: HfFolder, hf_config: PreTrainedConfig) -> None:
     predicting = getattr(hf_config, "num_nextn_predict_layers", None) or 0
     layers = hf_config.num_hidden_layers
     left_out = [name for name in checkpoint.files if is_multi_token_prediction(name, layers, predicting)]
@@ -120,7 +88,7 @@ def _leave_out_multi_token_prediction(checkpoint: _Checkpoint, hf_config: PreTra
         )
 
 
-def _plan(parameter: LocatedParameter, checkpoint: _Checkpoint, plan: dict[Path, list[_Copy]]) -> list[str]:
+def _plan(parameter: LocatedParameter, checkpoint: HfFolder, plan: dict[Path, list[_Copy]]) -> list[str]:
     """Adds to ``plan`` what fills one parameter; returns what is wrong with its sources."""
     problems = []
     for name, shape in zip(parameter.hf_names, parameter.hf_shapes(), strict=True):
@@ -151,11 +119,11 @@ def _plan(parameter: LocatedParameter, checkpoint: _Checkpoint, plan: dict[Path,
     return []
 
 
-def _check_tied(embedding: LocatedParameter, output: str, checkpoint: _Checkpoint) -> list[str]:
+def _check_tied(embedding: LocatedParameter, output: str, checkpoint: HfFolder) -> list[str]:
     """transformers does not tie two tensors that differ, whatever config.json says, and Megatron would."""
     files = [checkpoint.files[name] for name in (*embedding.hf_names, output)]
     for piece in embedding.pieces(embedding.rank):
-        with _open(files[0]) as ours, _open(files[1]) as theirs:
+        with open_tensors(files[0]) as ours, open_tensors(files[1]) as theirs:
             rows = slice(piece.start, piece.stop)
             if not torch.equal(ours.get_slice(embedding.hf_names[0])[rows], theirs.get_slice(output)[rows]):
                 return [
@@ -169,7 +137,7 @@ def _zero_padding(parameter: LocatedParameter) -> None:
     parameter.tensor.narrow(parameter.dim, filled, parameter.shape[parameter.dim] - filled).zero_()
 
 
-def _agree(problems: list[str], wanted: set[str], checkpoint: _Checkpoint, device: torch.device) -> None:
+def _agree(problems: list[str], wanted: set[str], checkpoint: HfFolder, device: torch.device) -> None:
     """Raises on every rank what any rank found wrong, and the tensors that no rank wants."""
     names = sorted(checkpoint.files)
     used = torch.tensor([name in wanted for name in names], dtype=torch.uint8, device=device)
@@ -183,23 +151,3 @@ def _agree(problems: list[str], wanted: set[str], checkpoint: _Checkpoint, devic
     if found:
         more = [f"... and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
         raise WeightsError("\n".join([f"{checkpoint.folder} does not fit the model:", *found[:_MOST_PROBLEMS], *more]))
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file. Raises WeightsError where there are no safetensors."""
-    index = folder / INDEX_FILE
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise WeightsError(f"{folder}: neither {INDEX_FILE} nor {single.name} is there")
-    with _open(single) as handle:
-        return dict.fromkeys(handle.keys(), single)
-
-
-def _open(file: Path) -> Any:
-    """safe_open. Raises WeightsError naming the file where it is missing or broken."""
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{file}: {error}") from error

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_vespo.weights.checksum import ALGORITHM, checksum
 from megatron_vespo.weights.fp8 import BLOCK, SCALE_SUFFIX
-from megatron_vespo.weights.load import INDEX_FILE
+from megatron_vespo.weights.hf_folder import INDEX_FILE
 from megatron_vespo.weights.mapping import is_multi_token_prediction
 
 CHECKSUM_FILE = "checksums.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -119,10 +120,11 @@ class Reference:
         self.samples = make_samples(kind)
         self.responses: list[Response] = []
         self.logprobs: list[torch.Tensor] = []
-        """[response] float64 each, with grad: the graph of the model's forward pass is kept for all cells."""
+        """[response] float64 each, with grad."""
         self.router_logits: list[tuple[torch.Tensor, ...]] = []
         """Of each sequence, for each MoE layer, [tokens, experts]; empty for a dense model."""
         self.entropy = 0.0
+        self._routers: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, tuple[float, float]]]] = {}
         start = 0
         for sample in self.samples:
             first, length = len(sample.prompt.tokens), len(sample.response_tokens)
@@ -148,13 +150,27 @@ class Reference:
             )
             start += length
 
+    @cached_property
+    def jacobian(self) -> list[torch.Tensor]:
+        """d log p of each token by each parameter of the model, [tokens, *shape]: a cell's gradients are sums of it."""
+        parameters = list(self.model.parameters())
+        rows = [self.gradients(logprob) for logprobs in self.logprobs for logprob in logprobs]
+        return [torch.stack([row[i] for row in rows]) for i in range(len(parameters))]
+
+    def gradients(self, scalar: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of what the model's forward passes gave, by each of its parameters; zero for an expert without a token."""
+        return torch.autograd.grad(scalar, list(self.model.parameters()), retain_graph=True, materialize_grads=True)
+
     def expected(self, cell: Cell) -> Expected:
-        leaf = torch.cat(self.logprobs)
+        leaf = torch.cat(self.logprobs).detach().requires_grad_()
         shares = self.shares(cell, leaf)
         loss = torch.stack(shares).sum()
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-        router_loss, router_metrics = self.router(cell)
-        gradients = torch.autograd.grad(loss + router_loss, parameters, retain_graph=True)
+        (by_logprob,) = torch.autograd.grad(loss, leaf)
+        router_gradients, router_metrics = self.router(cell.router)
+        gradients = [torch.tensordot(by_logprob, rows, dims=1) for rows in self.jacobian]
+        if router_gradients is not None:
+            gradients = [ours + router for ours, router in zip(gradients, router_gradients, strict=True)]
+        names = [name for name, _ in self.model.named_parameters()]
         return Expected(
             loss=loss.item(),
             loss_scale=sum(abs(share.item()) for share in shares),
@@ -167,16 +183,22 @@ class Reference:
         sums = reference_sums(cell.objective, cell.correction, self.responses, logprobs)
         return [reference_scale(cell.aggregation, self.responses[i], self.responses) * x for i, x in sums.items()]
 
-    def router(self, cell: Cell) -> tuple[torch.Tensor | float, dict[str, tuple[float, float]]]:
-        """The weighted loss of the routers, and its metric: unweighted, added over the layers."""
-        loss: torch.Tensor | float = 0.0
-        metrics = {}
-        for field, weight in ROUTER_LOSSES[cell.router].items():
+    def router(self, name: str) -> tuple[tuple[torch.Tensor, ...] | None, dict[str, tuple[float, float]]]:
+        """Gradients of the routers' weighted loss, None where there is none, and its metric: unweighted, added over the
+        layers."""
+        if not ROUTER_LOSSES[name]:
+            return None, {}
+        if name not in self._routers:
+            loss: torch.Tensor | float = 0.0
+            metrics = {}
             z, balance = router_reference(self.router_logits, self.config.num_experts_per_tok)
-            value = {"router_z_loss": z, "router_balance_loss": balance}[field]
-            loss = loss + weight * value
-            metrics[field] = (value.item(), float(self.config.num_hidden_layers))
-        return loss, metrics
+            for field, weight in ROUTER_LOSSES[name].items():
+                value = {"router_z_loss": z, "router_balance_loss": balance}[field]
+                loss = loss + weight * value
+                metrics[field] = (value.item(), float(self.config.num_hidden_layers))
+            assert isinstance(loss, torch.Tensor)
+            self._routers[name] = self.gradients(loss), metrics
+        return self._routers[name]
 
     def metrics(self, cell: Cell, logprobs: torch.Tensor) -> dict[str, tuple[float, float]]:
         inputs = pack(self.responses, self.responses, logprobs)

@@ -16,7 +16,7 @@ from invariance.cases import ROUTER_LOSSES, SPLITS, TEMPERATURE, Cell, Packing, 
 from invariance.data import Expected, model_config
 from megatron_vespo import platform
 from megatron_vespo.config.schema import ModelConfig, OptimizerConfig
-from megatron_vespo.policy.layout import ParallelLayout
+from megatron_vespo.policy.layout import ParallelLayout, local_indices
 from megatron_vespo.samples.packing import MicroBatch, PackedBatch, pack, plan_micro_batches
 from megatron_vespo.samples.records import Sample
 
@@ -81,7 +81,7 @@ def run_split(
     samples: list[Sample],
     expected: dict[Cell, Expected],
 ) -> Findings:
-    from megatron_vespo.policy import layout as ranks
+    from megatron_vespo.policy import ranks
 
     layout = ParallelLayout(world_size=dist.get_world_size(), **split.layout)
     ranks.initialize(layout, seed=1)
@@ -147,13 +147,13 @@ class Policy:
         return metrics | router_metrics if metrics else {}
 
     def batches(self, packing: Packing) -> list[PackedBatch]:
-        from megatron_vespo.policy import layout as ranks
+        from megatron_vespo.policy import ranks
 
         align = int(np.lcm(self.layout.sequence_multiple, self.layout.row_multiple))
         batches = []
         for members in plan(self.samples, self.layout, packing)[ranks.dp_rank()]:
             whole = pack([self.samples[i] for i in members], align=align)
-            batches.append(whole.shard(ranks.local_indices(whole.cu_seqlens, self.layout.context, ranks.cp_rank())))
+            batches.append(whole.shard(local_indices(whole.cu_seqlens, self.layout.context, ranks.cp_rank())))
         return batches
 
     def compare(
