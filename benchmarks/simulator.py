@@ -68,9 +68,7 @@ PREDICTED = {
     "constant lag 2": Case(32, 8, 1, ("train.mode=constant_lag", "constant_lag.lag=2")),
     "async S=0": Case(32, 8, 1, (ASYNCHRONOUS, "asynchronous.max_staleness=0")),
     "async S=1": Case(32, 8, 1, (ASYNCHRONOUS, "asynchronous.max_staleness=1")),
-    "async S=4 engine": Case(
-        32, 8, 1, (ASYNCHRONOUS, "asynchronous.max_staleness=4", "asynchronous.old_logprobs=engine")
-    ),
+    "async S=4 engine": Case(32, 8, 1, (ASYNCHRONOUS, "asynchronous.max_staleness=4", "train.old_logprobs=engine")),
     "async K=2 S=3 N=2": Case(32, 8, 2, (ASYNCHRONOUS, "asynchronous.sync_every=2", "asynchronous.max_staleness=3")),
     "async S=2 drop": Case(32, 8, 2, (ASYNCHRONOUS, "asynchronous.max_staleness=2", "asynchronous.too_stale=drop")),
 }

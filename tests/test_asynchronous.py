@@ -132,8 +132,9 @@ def test_what_will_be_dropped_is_not_sampled_to_its_end(tmp_path: Path) -> None:
 
 
 def test_down_weighting_trains_late_responses_by_less(tmp_path: Path) -> None:
-    settings = {"max_staleness": 1, "too_stale": "down_weight", "stale_weight": 0.5, "old_logprobs": "engine"}
-    run = fake_run(tmp_path, lengths=STRAGGLERS, step_s=0.004, asynchronous=settings)
+    settings = {"max_staleness": 1, "too_stale": "down_weight", "stale_weight": 0.5}
+    options: dict[str, Any] = {"asynchronous": settings, "train": {"old_logprobs": "engine"}}
+    run = fake_run(tmp_path, lengths=STRAGGLERS, step_s=0.004, **options)
     train(run)
     found = lags(trained(run))
     samples = [s for batch in trained(run) for s in batch]
@@ -240,8 +241,8 @@ def assert_old_logprobs(run: Run, first: int, exact: bool) -> None:
 
 @pytest.mark.parametrize("old_logprobs", ["exact", "engine"])
 def test_a_resumed_run_trains_each_response_once_and_says_what_it_drops(tmp_path: Path, old_logprobs: str) -> None:
-    settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "sync_every": 2}
-    longer = {"steps": 9}
+    settings = {"max_staleness": 3, "sync_every": 2}
+    longer = {"steps": 9, "old_logprobs": old_logprobs}
     run = fake_run(tmp_path, asynchronous=settings, checkpoint={"every": 3}, train=longer, **SLOW_TRAINER)
     train_until(run, 5)
     state = read_state(tmp_path / "checkpoints" / "step_000003")
@@ -278,8 +279,9 @@ def test_responses_under_way_at_a_checkpoint_go_on_after_a_restart(
 ) -> None:
     order = [int(p.id) for p in fake_run(tmp_path / "order").prompts.next(PROMPTS)]
     lengths = tuple(12 + 2 * order.index(i) for i in range(PROMPTS))
-    settings = {"max_staleness": 3, "old_logprobs": old_logprobs, "too_stale": too_stale}
+    settings = {"max_staleness": 3, "too_stale": too_stale}
     options: dict[str, Any] = {"lengths": lengths, "step_s": 0.004, "asynchronous": settings}
+    options["train"] = {"old_logprobs": old_logprobs}
     run = fake_run(tmp_path, checkpoint={"every": 3}, **options)
     kept: list[Sample] = []
     store = run.ledger.generating

@@ -194,6 +194,7 @@ def checkpoint_of_another_model(run: Path) -> list[str]:
         (lambda run: ["--objectives", "no.such.factory"], "cannot import 'factory' from 'no.such'"),
         (lambda run: ["--aggregation", "mean"], "objective.aggregation = 'mean'"),
         (lambda run: ["--correction", "tis", "capp=2"], "its parameters are: level"),
+        (lambda run: ["train.old_logprobs=engine", "--correction", "tis"], "correction = tis needs the trainer's"),
         (lambda run: ["--checkpoint", "nowhere"], "--checkpoint nowhere: neither a checkpoint (no state.json)"),
     ],
 )

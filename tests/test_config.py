@@ -52,6 +52,7 @@ def test_an_engine_flag_may_be_set_by_its_dotted_name(tmp_path):
         (MINIMAL + "optimizer:\n  l: 1\n", [], "run.yaml:6: unknown key 'optimizer.l'; did you mean 'optimizer.lr'?"),
         (MINIMAL, ["paralel.tensor=2"], "command line (paralel.tensor=2): unknown key 'paralel'"),
         (MINIMAL, ["tensor=2"], "did you mean parallel.tensor?"),
+        (MINIMAL, ["asynchronous.old_logprobs=engine"], "did you mean train.old_logprobs?"),
         (MINIMAL, ["train.steps=many"], "command line (train.steps=many): train.steps = 'many'"),
         (MINIMAL, ["train.steps=0"], "train.steps = 0"),
         (MINIMAL, ["train.steps"], "expected key=value"),

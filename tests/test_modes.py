@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from modes_here import Finished, Modes, modes_here
+from objective_formulas import vespo_phi
+
+from megatron_vespo.samples.records import Sample
 
 pytestmark = pytest.mark.slow
 
@@ -127,10 +131,48 @@ def test_a_resumed_run_goes_on_behind_what_weights_that_are_left_had_sampled(mod
 
 
 def test_with_the_engines_own_logprobs_nothing_is_said_of_its_mismatch(modes: Modes) -> None:
-    settings = {"max_staleness": 1, "old_logprobs": "engine"}
-    ours = modes.finished("engine", train={"mode": "asynchronous"}, asynchronous=settings)
+    mode = {"mode": "asynchronous", "old_logprobs": "engine"}
+    ours = modes.finished("engine", train=mode, asynchronous={"max_staleness": 1})
     for record in ours.steps():
         told = [name for name in record if "_stale" in name or "_engine" in name or name.startswith("mismatch/")]
         assert told == ["rollouts/dropped_stale"]
         assert "rollout_logprob_diff" not in record and record["w/mean"] > 0 and "health/ess_w" in record
     assert all(np.array_equal(s.old_logprobs, s.rollout_logprobs) for batch in ours.samples() for s in batch)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "constant_lag"])
+def test_the_engines_own_old_logprobs_save_the_pass_and_change_no_update(modes: Modes, mode: str) -> None:
+    """At correction none log pi_old falls out of W, so that what is trained depends on the engine's alone."""
+    sections: dict[str, dict[str, Any]] = {"train": {"mode": mode}, "constant_lag": {"lag": 2}}
+    if mode == "synchronous":
+        sections["train"]["mini_batches"] = 2
+    theirs = modes.finished(f"{mode}_exact", **sections)
+    sections["train"]["old_logprobs"] = "engine"
+    ours = modes.finished(f"{mode}_engine", **sections)
+    told = ("_stale", "_engine", "mismatch/", "rollout_logprob_diff")
+    for mine, other in zip(ours.steps(), theirs.steps(), strict=True):
+        assert "old log-probs" not in mine["seconds"] and mine["seconds"]["train"] > 0
+        assert {name for name in other if name not in mine} == {n for n in other if any(part in n for part in told)}
+        same = ("loss", "grad_norm", "reward", "log_w/std", "w/mean", "health/ess_phi", "staleness_mean")
+        assert {n: mine[n] for n in same} == pytest.approx({n: other[n] for n in same}, rel=1e-3, abs=1e-5)
+    assert any(record["log_w/std"] > 0.01 for record in ours.steps()), "nothing was off policy"
+    for batch, record in zip(ours.samples(), ours.steps(), strict=True):
+        assert record["loss"] == pytest.approx(loss_of(batch), rel=1e-5, abs=1e-7)
+        assert all(np.array_equal(s.old_logprobs, s.rollout_logprobs) for s in batch)
+    for name, value in theirs.weights().items():
+        assert torch.allclose(ours.weights()[name], value, rtol=0, atol=1e-5), name
+
+
+def loss_of(samples: list[Sample]) -> float:
+    """VESPO's loss at token-mean in float64, old log-probs being the engine's: the mean over a step's updates."""
+    updates: dict[int, list[Sample]] = {}
+    for sample in samples:
+        updates.setdefault(sample.trained_version, []).append(sample)
+    losses = []
+    for batch in updates.values():
+        total = 0.0
+        for s in batch:
+            now, old = (x.astype(np.float64)[s.loss_mask] for x in (s.train_logprobs, s.rollout_logprobs))
+            total -= vespo_phi(math.exp((now - old).sum()), s.advantage) * s.advantage * now.sum()
+        losses.append(total / sum(s.loss_mask.sum() for s in batch))
+    return float(np.mean(losses))

@@ -77,14 +77,14 @@ def test_whole_ones_are_whole_cut_ones_begin_and_lost_ones_are_asked_anew(tmp_pa
 
 @pytest.mark.parametrize(("too_stale", "goes_on"), [("drop", False), ("down_weight", True)])
 def test_what_would_be_dropped_for_its_age_does_not_go_on(tmp_path: Path, too_stale: str, goes_on: bool) -> None:
-    settings = {"max_staleness": 2, "too_stale": too_stale, "old_logprobs": "engine"}
-    run = restarted(tmp_path, {}, {0: [[1, 3], [3]]}, asynchronous=settings)
+    settings: dict[str, Any] = {"asynchronous": {"max_staleness": 2, "too_stale": too_stale}}
+    settings["train"] = {"old_logprobs": "engine"}
+    run = restarted(tmp_path, {}, {0: [[1, 3], [3]]}, **settings)
     (now,) = taken_up(run, 0)
     assert len(now.begun) == 2 and oldest_version(now.begun) == 1
     run.ledger.close()
-    later = fake_run(
-        tmp_path, resumed={"step": FIRST, "version": FIRST, "prompts": run.prompts.state()}, asynchronous=settings
-    )
+    state = {"step": FIRST, "version": FIRST, "prompts": run.prompts.state()}
+    later = fake_run(tmp_path, resumed=state, **settings)
     later.version = 4
     (group,) = taken_up(later, 0)
     assert bool(group.begun) == goes_on and reasons(tmp_path) == (set() if goes_on else {"stale"})

@@ -17,6 +17,7 @@ from megatron_vespo.plan.calibrate import calibrate, fit_absolute, fit_squares, 
 from megatron_vespo.plan.loops import simulate
 from megatron_vespo.plan.rates import Rates, load_assumptions
 from megatron_vespo.plan.recommend import Candidate, Forecast, recommended, trainer_units
+from megatron_vespo.plan.report import Page, simulate_plan
 from megatron_vespo.plan.setup import Plant, Schedule, plant_of, replica_step, schedule_of
 from megatron_vespo.plan.workload import StatedLengths, groups_of
 from megatron_vespo.samples.records import Prompt, Sample
@@ -139,6 +140,20 @@ def test_an_update_of_another_size_than_those_measured_is_said_to_be_extrapolate
         assert (warning is not None) == warned, name
 
 
+def test_a_run_without_old_passes_says_that_they_are_not_known(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", 8, 4, 2)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"]["old log-probs"]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    alone = calibrate([run_dir])
+    assert (alone.rates.old_logprobs_pass, alone.rates.old_logprobs_token) == (0, 0)
+    assert any(warning.startswith("old log-probs: computed in none of these runs") for warning in alone.warnings)
+    # Where others have it, it is told by them alone.
+    found = calibrate([*runs, run_dir])
+    assert found.warnings == [] and found.rates.old_logprobs_pass == pytest.approx(TRUE.old_logprobs_pass, rel=1e-3)
+
+
 def test_an_asynchronous_run_is_compared_and_not_calibrated_on(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", 8, 4, 2)
     config = run_dir / "config.resolved.yaml"
@@ -189,7 +204,20 @@ def test_the_config_says_what_is_simulated() -> None:
     found = schedule_of(load_config(path, settings).run)
     assert (found.sync_every, found.max_staleness, found.too_stale, found.max_open) == (4, 7, "drop", 600)
     assert found.old_passes == "by version"
-    assert schedule_of(load_config(path, [*settings, "asynchronous.old_logprobs=engine"]).run).old_passes == "none"
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "constant_lag", "asynchronous"])
+def test_with_the_engines_own_old_logprobs_no_pass_is_simulated(mode: str) -> None:
+    def simulated(*settings: str) -> Page:
+        config = load_config(ROOT / "model_configs" / "quickstart.yaml", [f"train.mode={mode}", *settings]).run
+        return simulate_plan(config, rates_file=H20, gpus=6)
+
+    exact, engine = simulated("train.mini_batches=1"), simulated("train.mini_batches=1", "train.old_logprobs=engine")
+    assert engine.own.schedule.old_passes == "none" != exact.own.schedule.old_passes
+    # What the synchronous loop would do is told of the same setting.
+    assert {candidate.schedule.old_passes for candidate in engine.references} <= {"none"}
+    assert {candidate.schedule.old_passes for candidate in exact.references} <= {"one"}
+    assert len(exact.references) == len(engine.references) == (2 if mode == "asynchronous" else 0)
 
 
 def test_stated_rates_are_read_and_checked(tmp_path: Path) -> None:

@@ -104,13 +104,11 @@ def test_router_losses_are_refused_for_a_dense_model(
             "max_staleness = 2 with asynchronous.sync_every = 4",
         ),
         (["asynchronous.max_open=3"], "max_open = 3: an update takes 4 prompt groups"),
-        (["asynchronous.too_stale=down_weight"], "down_weight with asynchronous.old_logprobs = exact"),
+        (["asynchronous.too_stale=down_weight"], "down_weight with train.old_logprobs = exact"),
         (
-            ["asynchronous.too_stale=down_weight", "asynchronous.old_logprobs=engine", "objective.name=oapl"],
+            ["asynchronous.too_stale=down_weight", "train.old_logprobs=engine", "objective.name=oapl"],
             "a target of this objective and no factor",
         ),
-        (["asynchronous.old_logprobs=engine", "objective.correction=tis"], "correction = tis needs the trainer's"),
-        (["asynchronous.old_logprobs=engine", "model.routing_replay=r2"], "routing_replay = r2 replays the pass"),
     ],
 )
 def test_settings_of_a_mode_that_do_not_go_together(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -121,6 +119,30 @@ def test_settings_of_a_mode_that_do_not_go_together(tmp_path: Path, overrides: l
     if "train.mode=constant_lag" not in overrides:
         check_run(load_config(config, overrides).run)  # a synchronous run does not read them
     check_run(load_config(config, mode).run)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "constant_lag", "asynchronous"])
+def test_what_needs_the_trainers_own_old_logprobs_is_refused_without_them(tmp_path: Path, mode: str) -> None:
+    config = make_run(tmp_path)
+    settings = [f"train.mode={mode}", "train.mini_batches=1"]
+    behaviour = "objective.correction_params.behaviour"
+    refused = {
+        ("objective.name=vespo_tempered",): (
+            r"objective.name = vespo_tempered .* set it to exact, or objective.name to vespo$"
+        ),
+        ("model.routing_replay=r2",): r"model.routing_replay = r2 .* set it to exact, or model.routing_replay to r3",
+        ("model.routing_replay=both",): r"model.routing_replay = both replays the pass",
+        ("objective.correction=opsm", f"{behaviour}=trainer"): rf"{behaviour} = trainer needs .* behaviour to engine$",
+    }
+    for correction in ("trainer", "split", "tis", "icepop", "mis", "geometric"):
+        mend = "train.old_logprobs = engine has none: set it to exact, or objective.correction to none"
+        refused[f"objective.correction={correction}",] = rf"objective.correction = {correction} needs .* and {mend}$"
+    for overrides, message in refused.items():
+        check_run(load_config(config, [*settings, *overrides]).run)
+        with pytest.raises(ConfigError, match=message):
+            check_run(load_config(config, [*settings, "train.old_logprobs=engine", *overrides]).run)
+    for override in ("objective.correction=opsm", "model.routing_replay=r3", "optimizer.ess_step=w"):
+        check_run(load_config(config, [*settings, "train.old_logprobs=engine", override]).run)
 
 
 def test_the_plan_says_what_kept_weights_take(

@@ -136,6 +136,16 @@ def test_stored_rollouts_that_cannot_be_weighed_are_said_and_do_not_end_the_repo
     assert stored_sections(tmp_path) == ""
 
 
+def test_where_old_logprobs_are_the_engines_its_mismatch_is_left_out(tmp_path: Path, report: str) -> None:
+    write_run(tmp_path, steps=2)
+    config = tmp_path / "config.resolved.yaml"
+    config.write_text(config.read_text().replace("train: {", "train: {old_logprobs: engine, "))
+    page = write_report(tmp_path).read_text()
+    for said in ("Mismatch budget", "By position in the response"):
+        assert said in report and said not in page
+    assert "What vespo made of the responses of step 2" in page
+
+
 def test_it_is_self_contained_and_follows_the_colour_scheme(report: str) -> None:
     assert "http" not in report and "//" not in report.replace("</", "")
     page = Page(report)

@@ -140,11 +140,14 @@ def test_the_runs_own_parameters_are_used(tmp_path: Path, capsys: pytest.Capture
         (["--run", "RUN", "--objective", "vespa"], "did you mean 'vespo'"),
         (["--run", "NOWHERE"], "NOWHERE/config.resolved.yaml: cannot be read"),
         (["--run", "EMPTY"], "no stored rollouts"),
+        (["--run", "ENGINE"], "ENGINE: with train.old_logprobs = engine a run does not know its engine's mismatch"),
     ],
 )
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
     store(tmp_path / "RUN", make_samples([5, 6], engine=0.1))
     store(tmp_path / "EMPTY")
-    places = {name: str(tmp_path / name) for name in ("RUN", "EMPTY", "NOWHERE")}
+    engine = store(tmp_path / "ENGINE", make_samples([5, 6], engine=0.0))
+    (engine / "config.resolved.yaml").write_text(CONFIG.replace("mini_batches: 4", "old_logprobs: engine"))
+    places = {name: str(tmp_path / name) for name in ("RUN", "EMPTY", "ENGINE", "NOWHERE")}
     assert main(["budget", *(places.get(argument, argument) for argument in arguments)]) == 2
     assert expected in capsys.readouterr().err

@@ -36,10 +36,14 @@ def _budget(options: argparse.Namespace) -> int:
         if options.run_dir is None:
             print(budget_table(options.objective or "vespo", options.k3, options.length, **params))
             return 0
-        name = options.objective
+        config, name = load_config(options.run_dir / "config.resolved.yaml").run, options.objective
+        if not config.knows_old_policy:
+            raise ConfigError(
+                f"{options.run_dir}: with train.old_logprobs = engine a run does not know its engine's mismatch; give "
+                "a run with exact, or --k3"
+            )
         if not name:
-            objective = load_config(options.run_dir / "config.resolved.yaml").run.objective
-            name, params = objective.name, objective.params | params
+            name, params = config.objective.name, config.objective.params | params
         print(run_budget_table(options.run_dir, name, params, options.length))
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -177,6 +177,10 @@ class TrainConfig(Section):
     """Prompts in a rollout batch; times rollout.samples_per_prompt sequences."""
     mini_batches: PositiveInt = 1
     """N: optimizer updates made from one rollout batch (synchronous: split staleness 0..N-1)."""
+    old_logprobs: Literal["exact", "engine"] = "exact"
+    """Where log pi_old comes from. exact: a forward pass of the trainer under the weights that sampled; asynchronously
+    it keeps those, in host memory. engine: it is log mu, the engine's own (other trainers' "bypass"): no pass, and
+    nothing is known of the engine's mismatch (docs/async.md)."""
     mask_truncated: bool = False
     """Leave responses cut at the length limit out of the loss and its denominators (overlong filtering); their reward
     still counts in their group's advantages."""
@@ -201,9 +205,6 @@ class AsynchronousConfig(Section):
     max_open: PositiveInt | None = None
     """Prompt groups asked for and not yet trained, at most; None: as many as max_staleness allows, which is
     (max_staleness + 1) x the groups of an update."""
-    old_logprobs: Literal["exact", "engine"] = "exact"
-    """Where log pi_old comes from. exact: the trainer keeps the weights of the versions that may have sampled, in host
-    memory, and recomputes it under them. engine: it is log mu, which costs nothing, and tells no mismatch."""
 
 
 class ConstantLagConfig(Section):
@@ -316,10 +317,9 @@ class RunConfig(Section):
     @property
     def knows_old_policy(self) -> bool:
         """Whether log pi_old is the trainer's own, so that staleness and engine mismatch can be told apart."""
-        return self.train.mode != "asynchronous" or self.asynchronous.old_logprobs == "exact"
+        return self.train.old_logprobs == "exact"
 
     @property
     def keeps_weights(self) -> bool:
         """Whether the trainer needs weights that it no longer has."""
-        asynchronous = self.asynchronous
-        return self.train.mode == "asynchronous" and self.knows_old_policy and asynchronous.max_staleness > 0
+        return self.knows_old_policy and self.train.mode == "asynchronous" and self.asynchronous.max_staleness > 0

@@ -26,8 +26,7 @@ def train(run: Run) -> None:
                     mini_batch = rollouts.take()
                 run.assign_advantages(mini_batch)
                 run.weigh_down_stale(mini_batch)
-                with run.phase("old log-probs"):
-                    run.find_old_logprobs(mini_batch)
+                run.find_old_logprobs([mini_batch])
                 with run.phase("train"):
                     run.update_policy(mini_batch)
                 trained += mini_batch

@@ -20,6 +20,7 @@ from megatron_vespo.cluster.ray_cluster import ray_cluster
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.config.load import ConfigError, parse_override
 from megatron_vespo.config.schema import ObjectiveConfig, RunConfig
+from megatron_vespo.loop.preflight_mode import check_old_policy
 from megatron_vespo.loop.replay import (
     MiniBatch,
     Weights,
@@ -70,6 +71,7 @@ def compare(
     Raises ConfigError for what cannot be used, and ClusterError where the policy cannot be run.
     """
     config = load_run(run_dir, overrides)
+    check_old_policy(config)
     built = build_objectives(config, objectives)
     mini_batches = [mini_batch for step in choose_steps(run_dir, steps) for mini_batch in read_updates(run_dir, step)]
     weights = find_weights(run_dir, config, checkpoint)

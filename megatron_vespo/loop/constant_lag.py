@@ -26,8 +26,7 @@ def train(run: Run) -> None:
         while len(ahead) <= config.constant_lag.lag and run.step + len(ahead) < config.train.steps:
             samples = collect(run, run.step + len(ahead))
             run.assign_advantages(samples)
-            with run.phase("old log-probs"):
-                run.find_old_logprobs(samples)
+            run.find_old_logprobs([samples])
             ahead.append(samples)
 
         samples = ahead.popleft()

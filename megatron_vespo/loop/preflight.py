@@ -65,7 +65,7 @@ class Plan:
             lines.insert(
                 3,
                 f"host memory  up to {copies} x {memory.weights / GIB:.1f} GiB a rank for weights that sampled "
-                "(asynchronous.old_logprobs = exact)",
+                "(train.old_logprobs = exact)",
             )
         if config.cluster.colocate:
             lines.insert(

@@ -1,4 +1,4 @@
-"""Settings of ``train.mode`` that do not go together."""
+"""Settings of ``train.mode`` and ``train.old_logprobs`` that do not go together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ NEED_OLD_POLICY = ("trainer", "split", "tis", "icepop", "mis", "geometric")
 
 def check_mode(config: RunConfig) -> None:
     """Raises :class:`ConfigError` naming field, value and mend."""
+    check_old_policy(config)
     if config.cluster.colocate:
         _check_colocation(config)
     if config.train.mode == "constant_lag":
@@ -20,7 +21,29 @@ def check_mode(config: RunConfig) -> None:
     if config.train.mode == "asynchronous":
         _check_bounds(config)
         _check_down_weight(config)
-        _check_old_policy(config)
+
+
+def check_old_policy(config: RunConfig) -> None:
+    """What the trainer's own log pi_old is needed for, where the run has none. Raises ConfigError."""
+    if config.knows_old_policy:
+        return
+    objective, replay = config.objective, config.model.routing_replay
+    none = "train.old_logprobs = engine has none: set it to exact, or"
+    needs = f"needs the trainer's log-probs at the version that sampled, and {none}"
+    if objective.correction in NEED_OLD_POLICY:
+        raise ConfigError(f"objective.correction = {objective.correction} {needs} objective.correction to none")
+    # Those of the other corrections that have the parameter have been refused.
+    if objective.correction_params.get("behaviour") == "trainer":
+        raise ConfigError(f"objective.correction_params.behaviour = trainer {needs} behaviour to engine")
+    if objective.name == "vespo_tempered":
+        raise ConfigError(
+            f"objective.name = vespo_tempered tempers the engine's part of W, {needs} objective.name to vespo"
+        )
+    if replay in ("r2", "both"):
+        raise ConfigError(
+            f"model.routing_replay = {replay} replays the pass that computes the old log-probs, and {none} "
+            "model.routing_replay to r3 or none"
+        )
 
 
 def _check_colocation(config: RunConfig) -> None:
@@ -85,29 +108,13 @@ def _check_down_weight(config: RunConfig) -> None:
     settings = config.asynchronous
     if settings.too_stale != "down_weight":
         return
-    if settings.old_logprobs == "exact":
+    if config.knows_old_policy:
         raise ConfigError(
-            "asynchronous.too_stale = down_weight with asynchronous.old_logprobs = exact: responses of any age are "
-            "trained, and the weights that sampled them are not kept for ever; set old_logprobs to engine"
+            "asynchronous.too_stale = down_weight with train.old_logprobs = exact: responses of any age are trained, "
+            "and the weights that sampled them are not kept for ever; set train.old_logprobs to engine"
         )
     if config.objective.name == "oapl":
         raise ConfigError(
             "asynchronous.too_stale = down_weight with objective.name = oapl: responses are weighed by their "
             "advantage, which is a target of this objective and no factor; set too_stale to wait or drop"
-        )
-
-
-def _check_old_policy(config: RunConfig) -> None:
-    if config.knows_old_policy:
-        return
-    needs = "asynchronous.old_logprobs = engine has none: set it to exact, or"
-    if config.objective.correction in NEED_OLD_POLICY:
-        raise ConfigError(
-            f"objective.correction = {config.objective.correction} needs the trainer's log-probs at the version that "
-            f"sampled, and {needs} objective.correction to none"
-        )
-    if config.model.routing_replay in ("r2", "both"):
-        raise ConfigError(
-            f"model.routing_replay = {config.model.routing_replay} replays the pass that computes the old log-probs, "
-            f"and {needs} model.routing_replay to r3 or none"
         )

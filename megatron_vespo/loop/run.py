@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,18 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def find_old_logprobs(self, mini_batch: Sequence[Sample]) -> None:
+    def find_old_logprobs(self, mini_batches: Sequence[Sequence[Sample]]) -> None:
         """log pi_old: the trainer's under the weights that sampled, which it still holds or has kept; or, where the run
-        is told so, the engine's own."""
+        is told so (train.old_logprobs), the engine's own, which takes no pass and no time."""
         if not self.config.knows_old_policy:
-            for sample in mini_batch:
+            for sample in chain.from_iterable(mini_batches):
                 sample.old_logprobs = sample.rollout_logprobs
             return
+        with self.phase("old log-probs"):
+            for mini_batch in mini_batches:
+                self._old_passes(mini_batch)
+
+    def _old_passes(self, mini_batch: Sequence[Sample]) -> None:
         if not self.config.keeps_weights:
             self._old_pass(mini_batch, None)
             return

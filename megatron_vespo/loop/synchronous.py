@@ -19,10 +19,7 @@ def train(run: Run) -> None:
         samples = collect(run, run.step)
         run.assign_advantages(samples)
         mini_batches = split(samples, config.train.mini_batches)
-        with run.phase("old log-probs"):
-            for mini_batch in mini_batches:
-                run.find_old_logprobs(mini_batch)
-
+        run.find_old_logprobs(mini_batches)
         for mini_batch in mini_batches:
             with run.phase("train"):
                 run.update_policy(mini_batch)

@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} is missing or holds no record yet. Is this a run directory?")
     config_path = run_dir / "config.resolved.yaml"
     config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
-    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"), *_stored(run_dir))
+    page = render(run_dir.name, records, config_text, read_samples(run_dir / "samples"), *_stored(run_dir, config_text))
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -52,7 +52,7 @@ def read_samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
-def _stored(run_dir: Path) -> tuple[str, str]:
+def _stored(run_dir: Path, config_text: str) -> tuple[str, str]:
     """What the stored rollouts say: tables of the mismatch, and sections of their own."""
     if not (run_dir / "rollouts").is_dir():
         return "", ""
@@ -60,7 +60,8 @@ def _stored(run_dir: Path) -> tuple[str, str]:
     from megatron_vespo.observe.mismatch_tables import mismatch_tables
     from megatron_vespo.observe.stored_weights import stored_sections
 
-    return mismatch_tables(run_dir), stored_sections(run_dir)
+    unknown = _setting(_parsed(config_text), "train", "old_logprobs") == "engine"
+    return "" if unknown else mismatch_tables(run_dir), stored_sections(run_dir)
 
 
 def render(

@@ -26,7 +26,8 @@ from megatron_vespo.samples.store import batch_file, read_batch, stored_steps
 
 
 def stored_sections(run_dir: Path) -> str:
-    """phi against length in the newest batch, and the mismatch budget; "" where no rollouts are stored.
+    """phi against length in the newest batch, and the mismatch budget, where the run knows its engine's mismatch; ""
+    where no rollouts are stored.
 
     What cannot be read or has no answer is said in the page, and does not keep the rest of it from being made.
     """
@@ -36,6 +37,8 @@ def stored_sections(run_dir: Path) -> str:
     try:
         config = load_config(run_dir / "config.resolved.yaml").run
         phi = _phi_section(run_dir, steps[-1], config)
+        if not config.knows_old_policy:
+            return phi
         return phi + _budget_section(measure_mismatch(run_dir), config.objective)
     except ValueError as error:  # ConfigError, StoreError
         return markup.section("Stored rollouts", markup.note(str(error)))

@@ -123,6 +123,11 @@ def calibrate(run_dirs: Sequence[Path]) -> Calibration:
         )
         return [0.0] * (len(columns) - 1) + fit_absolute(work[:, -1:], np.ones(len(having))).tolist()
 
+    if not any("old log-probs" in step.seconds for step in steps):
+        warnings.append(
+            "old log-probs: computed in none of these runs (train.old_logprobs = engine), so that they are taken to "
+            "cost nothing. For a config that computes them add a run that does: --from RUN_DIR RUN_DIR"
+        )
     ones = [1.0] * len(steps)
     updates = [float(step.updates) for step in steps]
     tokens = [step.replica_tokens for step in steps]

@@ -143,7 +143,7 @@ def _references(forecast: Forecast, gpus: int, best: Candidate) -> list[Candidat
         max_staleness=0,
         too_stale="wait",
         max_open=None,
-        old_passes="one",
+        old_passes="none" if best.schedule.old_passes == "none" else "one",
     )
     shared = replace(plant, engines=gpus // plant.engine_gpus, replicas=gpus // plant.replica_gpus, shared=True)
     return [forecast.of(plant, schedule), forecast.of(shared, schedule)]

@@ -10,6 +10,8 @@ from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.plan.rates import Rates
 
+OldPasses = Literal["one", "by version", "none"]
+
 
 @dataclass(frozen=True, slots=True)
 class Plant:
@@ -61,7 +63,7 @@ class Schedule:
     """Asynchronous: what becomes of a group that takes too long."""
     max_open: int | None = None
     """Asynchronous: groups asked and not yet taken; None: only the staleness bounds them."""
-    old_passes: Literal["one", "by version", "none"] = "one"
+    old_passes: OldPasses = "one"
     """Old-log-prob passes over a mini-batch: under the weights of now, under those of each version that sampled, none
     (the engine's own log-probs serve)."""
     lag: int = 0
@@ -98,20 +100,25 @@ def schedule_of(config: RunConfig) -> Schedule:
         size=config.rollout.samples_per_prompt,
         longest=config.rollout.max_response_tokens,
         mini_batches=config.train.mini_batches,
+        old_passes=_old_passes(config),
     )
     if schedule.mode == "constant_lag":
         return replace(schedule, lag=config.constant_lag.lag)
     if schedule.mode == "synchronous":
         return schedule
-    passes: Literal["one", "by version"] = "by version" if asynchronous.max_staleness else "one"
     return replace(
         schedule,
         sync_every=asynchronous.sync_every,
         max_staleness=asynchronous.max_staleness,
         too_stale=asynchronous.too_stale,
         max_open=asynchronous.max_open,
-        old_passes="none" if asynchronous.old_logprobs == "engine" else passes,
     )
+
+
+def _old_passes(config: RunConfig) -> OldPasses:
+    if not config.knows_old_policy:
+        return "none"
+    return "by version" if config.keeps_weights else "one"
 
 
 def scaled(plant: Plant, schedule: Schedule, rates: Rates, factor: float) -> tuple[Plant, Schedule, Rates]:
