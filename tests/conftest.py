@@ -1,16 +1,21 @@
-"""One engine of each kind for the whole session: SGLang takes a minute or two to start on a CPU."""
+"""What tests of several files ask of: one engine of each kind for the whole session, as SGLang takes a minute or two to
+start on a CPU; a converted model; engines in this process to send weights to."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from device_here import DeviceHere
+    from engine_here import EngineHere
     from served_engines import Served
+    from transports_here import Weights
 
 SGLANG_MISSING = importlib.util.find_spec("sglang") is None
 SGLANG_MARKS = (
@@ -26,6 +31,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     root = tmp_path_factory.mktemp("checkpoints")
     return save_checkpoint(root / "first", seed=1), save_checkpoint(root / "second", seed=2)
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model's HF folder and its conversion; neither is to be changed."""
+    from hf_checkpoints import write_checkpoint
+
+    from megatron_vespo.convert.convert import to_megatron
+
+    root = tmp_path_factory.mktemp("moe")
+    hf = write_checkpoint(root / "hf", "qwen3_moe")
+    to_megatron(hf, root / "megatron")
+    return hf, root / "megatron"
 
 
 @pytest.fixture(scope="session", params=["reference", pytest.param("sglang", marks=SGLANG_MARKS)])
@@ -46,3 +64,33 @@ def served(
     yield Served(request.param, engine, folders, (load_plain(folders[0]), load_plain(folders[1])))
     engine.shutdown()
     assert process.pids() == [], "shutdown left processes behind"
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[DeviceHere]:
+    """Device memory stands behind the platform; here a table of tensors does, which sender and engines share."""
+    from device_here import DeviceHere
+
+    from megatron_vespo import platform
+
+    here = DeviceHere()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "current", lambda: here)
+        yield here
+
+
+@pytest.fixture(scope="module")
+def engines(device: DeviceHere, folders: tuple[Path, Path]) -> Iterator[list[EngineHere]]:
+    """Two reference engines in this process, with the weights of the first of ``folders``."""
+    from engine_here import engine_here
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(engine_here(folders[0])) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def versions(folders: tuple[Path, Path]) -> list[Weights]:
+    """Of the weights that engines are sent."""
+    from transports_here import three_versions
+
+    return three_versions(folders)

@@ -14,71 +14,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ledger_samples import RECIPE, SIZE, ids, prompts, responses, score, states
 
 from megatron_vespo.samples import disk
-from megatron_vespo.samples.accounting import account
 from megatron_vespo.samples.disk import DiskFull
 from megatron_vespo.samples.ledger import Ledger, LedgerError
 from megatron_vespo.samples.ledger_schema import BEFORE, OPEN
-from megatron_vespo.samples.records import Prompt, Sample
-
-SIZE = 2
-RECIPE = {"temperature": 1.0}
-
-
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"p{i}", np.arange(3 + i, dtype=np.int32), f"text {i}", str(i)) for i in range(count)]
-
-
-def responses(names: list[str], tokens: int = 5, reason: str = "stop") -> list[Sample]:
-    """``SIZE`` to each group, all different."""
-    found = []
-    for name in names:
-        prompt = prompts(9)[int(name.rpartition("p")[2])]
-        for i in range(SIZE):
-            rng = np.random.default_rng([len(name), i, *name.encode()])
-            found.append(
-                Sample(
-                    id=f"{name}/{i}",
-                    prompt=prompt,
-                    response_tokens=rng.integers(0, 99, tokens).astype(np.int32),
-                    rollout_logprobs=rng.normal(size=tokens).astype(np.float32),
-                    weight_versions=np.sort(rng.integers(0, 3, tokens)).astype(np.int32),
-                    loss_mask=np.ones(tokens, bool),
-                    finish_reason=reason,  # type: ignore[arg-type]
-                    text=f"response {i}",
-                )
-            )
-    return found
-
-
-def score(samples: list[Sample]) -> list[Sample]:
-    for i, sample in enumerate(samples):
-        sample.grade, sample.reward = float(i % 2), i / 3
-    samples[-1].metadata["reward_error"] = "late"
-    return samples
-
-
-def ids(samples: list[Sample]) -> list[str]:
-    return [sample.id for sample in samples]
-
-
-def states(run: Path) -> dict[str, str]:
-    """Sample id -> state, or state(version), read beside the writer."""
-    with sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True) as db:
-        rows = db.execute(
-            "SELECT g.name || '/' || (s.id - g.first), s.state, s.version FROM samples s "
-            "JOIN groups g ON g.id = s.prompt_group WHERE NOT g.replaced"
-        ).fetchall()
-    return {name: state if version is None else f"{state}({version})" for name, state, version in rows}
-
-
-def same(a: Sample, b: Sample) -> bool:
-    arrays = ("response_tokens", "rollout_logprobs", "weight_versions", "loss_mask")
-    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in arrays) and (
-        (a.id, a.text, a.grade, a.reward, a.metadata, a.prompt.id, a.finish_reason)
-        == (b.id, b.text, b.grade, b.reward, b.metadata, b.prompt.id, b.finish_reason)
-    )
+from megatron_vespo.samples.records import Sample
 
 
 def advance(ledger: Ledger, sample: Sample, to: str) -> None:
@@ -141,175 +83,6 @@ def test_what_is_not_one_sample_is_refused(tmp_path: Path) -> None:
             ledger.dropped(["0/train/p0/2"], "no use", 4)
         with pytest.raises(LedgerError, match="another process is training in this directory"):
             Ledger(tmp_path)
-
-
-def test_samples_come_back_as_they_were_and_partial_ones_too(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        names = ledger.ask("0/train", prompts(4), SIZE, 0)
-        samples = score(responses(names))
-        partial = responses(names[3:], tokens=2, reason="abort")
-        ledger.generated(samples[:6])
-        ledger.scored(samples[:4])
-        ledger.generating(partial)
-        ledger.generating(partial)
-    with Ledger(tmp_path) as ledger:
-        ledger.roll_back(0, RECIPE)
-        assert ledger.ask("0/train", prompts(4), SIZE, 0) == names
-        known = ledger.recall(names)
-        assert list(known) == names[:3]
-        assert all(
-            same(a, b)
-            for name in names[:2]
-            for a, b in zip(known[name], samples[2 * names.index(name) :], strict=False)
-        )
-        assert known[names[0]][0].prompt is known[names[0]][1].prompt
-        assert [s.reward for s in known[names[2]]] == [None, None]
-        begun = ledger.begun(names)
-        assert list(begun) == names[3:]
-        assert all(same(a, b) for a, b in zip(begun[names[3]], partial, strict=True))
-
-
-def test_a_whole_response_may_go_on_from_its_beginning_after_a_rollback(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        names = ledger.ask("0/train", prompts(3), SIZE, 0)
-        samples = score(responses(names))
-        ledger.generated(samples[:4])
-        ledger.scored(samples[:2])
-        ledger.generating(samples[4:5])
-    with Ledger(tmp_path) as ledger:
-        ledger.roll_back(0, RECIPE)
-        ledger.ask("0/train", prompts(3), SIZE, 0)
-        assert [s.id for s in ledger.begun(names)[names[2]]] == ids(samples[4:5]), "nothing is there of the other"
-        beginnings = responses(names, tokens=2, reason="abort")
-        beginnings[1] = responses(names)[1]
-        beginnings[3] = responses(names, tokens=0, reason="abort")[3]
-        with pytest.raises(LedgerError, match="0/train/p8"):
-            ledger.continued([*beginnings, responses(["0/train/p8"])[0]])
-        assert states(tmp_path)[samples[0].id] == "scored", "nothing of a call that fails is written"
-        files = len(list((tmp_path / "pending").iterdir()))
-        ledger.continued([])
-        ledger.rewritten([])
-        assert len(list((tmp_path / "pending").iterdir())) == files
-        ledger.continued(beginnings[:5])
-        assert {states(tmp_path)[s.id] for s in samples[:5]} == {"generating"}
-        assert [s.reward for s in ledger.begun(names)[names[0]]] == [None, None]
-        assert same(ledger.begun(names)[names[0]][0], beginnings[0])
-        ledger.generated(samples[:2])
-        ledger.scored(samples[:2])
-    # Counted is what goes on from a token or more: neither the whole one nor one of which nothing was left.
-    assert account(tmp_path).rollbacks[-1][-2:] == (3, 6)
-
-
-def test_more_that_is_known_of_whole_responses_changes_nothing_else(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        names = ledger.ask("0/train", prompts(3), SIZE, 0)
-        samples = score(responses(names))
-        ledger.generated(samples[:4])
-        ledger.scored(samples[:2])
-        before = states(tmp_path)
-        known = responses(names)
-        for sample in known[:4]:
-            sample.old_logprobs = np.array([-1.5, np.nan, 0.0, -2.5, np.nan], np.float32)
-        ledger.rewritten(known[:4])
-        with pytest.raises(LedgerError, match="1 of 2 samples from 0/train/p1/1 on are not whole"):
-            ledger.rewritten(known[3:5])
-        assert states(tmp_path) == before
-        found = ledger.recall(names)
-        for sample in (s for name in names[:2] for s in found[name]):
-            np.testing.assert_array_equal(sample.old_logprobs, known[0].old_logprobs)
-        assert all(same(a, b) for a, b in zip(found[names[0]], samples, strict=False))
-        ledger.release(0)
-        assert [path.stem for path in (tmp_path / "pending").iterdir()] == ["00000002"]
-
-
-def a_trained_run(ledger: Ledger, updates: int, batch: str = "{}/train") -> list[list[Sample]]:
-    """An update a step, of two groups; a third one is dropped."""
-    batches = []
-    for version in range(updates):
-        names = ledger.ask(batch.format(version), prompts(3), SIZE, version)
-        samples = score(responses(names))
-        ledger.generated(samples)
-        ledger.scored(samples)
-        ledger.dropped(ids(samples[4:]), "no spread", version)
-        ledger.assigned(ids(samples[3::-1]), version)
-        ledger.trained(ids(samples[3::-1]), version)
-        batches.append(samples)
-    return batches
-
-
-def test_a_rollback_undoes_what_was_trained_or_dropped_since_and_it_is_trained_again_from_disk(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        ledger.roll_back(0, RECIPE)
-        batches = a_trained_run(ledger, 4)
-        ledger.ask("4/train", prompts(1), SIZE, 4)
-    with Ledger(tmp_path) as ledger:
-        result = ledger.roll_back(2, RECIPE)
-        assert (result.untrained, result.reused, result.dropped) == (8, 12, 0)
-        now = states(tmp_path)
-        assert {now[s.id] for s in batches[1]} == {"trained(1)", "dropped(1)"}
-        assert {now[s.id] for s in batches[2] + batches[3]} == {"scored"}
-        assert now["4/train/p0/0"] == "asked"
-        names = ledger.ask("3/train", prompts(3), SIZE, 3)
-        known = ledger.recall(names)
-        again = [s for name in names for s in known[name]]
-        assert all(same(a, b) for a, b in zip(again, batches[3], strict=True))
-        ledger.assigned(ids(again), 3)
-    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
-        assert db.execute("SELECT state, version, becomes, count(*) FROM undone GROUP BY 1, 2").fetchall() == [
-            ("dropped", 2, "scored", 2),
-            ("dropped", 3, "scored", 2),
-            ("trained", 2, "scored", 4),
-            ("trained", 3, "scored", 4),
-        ]
-
-
-def test_a_group_of_which_something_is_gone_is_dropped_and_may_be_asked_anew(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        batches = a_trained_run(ledger, 3)
-    damaged = tmp_path / "pending" / "00000002.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    (tmp_path / "pending" / "00000003.safetensors").unlink()
-    with Ledger(tmp_path) as ledger:
-        result = ledger.roll_back(0, RECIPE)
-        assert (result.untrained, result.reused, result.dropped) == (12, 6, 8)
-        assert {states(tmp_path)[s.id] for s in batches[0]} == {"scored"}
-        for step in (1, 2):
-            names = ledger.ask(f"{step}/train", prompts(3), SIZE, step)
-            assert not ledger.recall(names)
-            ledger.generated(responses(names))
-    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
-        assert db.execute(
-            "SELECT g.step, s.reason, count(*) FROM samples s JOIN groups g ON g.id = s.prompt_group "
-            "WHERE g.replaced GROUP BY 1, 2 ORDER BY 1, 2"
-        ).fetchall() == [(1, "no spread", 2), (1, "rolled back", 4), (2, "no spread", 2), (2, "rolled back", 4)]
-
-
-def test_nothing_is_reused_under_another_config(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        ledger.roll_back(0, RECIPE)
-        a_trained_run(ledger, 2)
-        ledger.ask("2/train", prompts(1), SIZE, 2)
-    with Ledger(tmp_path) as ledger:
-        result = ledger.roll_back(1, {"temperature": 0.5})
-        assert (result.untrained, result.reused, result.dropped) == (4, 0, 6)
-        assert ledger.ask("2/train", prompts(1), SIZE + 1, 2) == ["2/train/p0"]
-    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
-        assert db.execute("SELECT count(*) FROM samples WHERE reason = 'config changed'").fetchone() == (6,)
-
-
-def test_payloads_stay_as_long_as_a_rollback_may_ask_for_them(tmp_path: Path) -> None:
-    with Ledger(tmp_path) as ledger:
-        a_trained_run(ledger, 4)
-        ledger.generated(responses(ledger.ask("4/train", prompts(1), SIZE, 4)))
-        left = lambda: sorted(int(path.stem) for path in (tmp_path / "pending").iterdir())  # noqa: E731
-        assert left() == [1, 2, 3, 4, 5]
-        ledger.release(2)
-        assert left() == [3, 4, 5]
-        assert ledger.roll_back(2, RECIPE).dropped == 0
-        ledger.release(4)
-        assert left() == [3, 4, 5]  # they are to be trained once more
 
 
 def test_against_a_model_of_it_under_random_calls_and_reopening(tmp_path: Path) -> None:
@@ -381,9 +154,10 @@ def test_against_a_model_of_it_under_random_calls_and_reopening(tmp_path: Path) 
 
 
 WRITER = """
-import sys
+import itertools, sys
 from pathlib import Path
-from test_ledger import *
+from ledger_samples import RECIPE, SIZE, prompts, responses, score
+from megatron_vespo.samples.ledger import Ledger
 run = Path(sys.argv[1])
 ledger = Ledger(run)
 ledger.roll_back(0, RECIPE)

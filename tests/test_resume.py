@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_ledger import RECIPE, SIZE, a_trained_run, ids, prompts, responses, score
+from ledger_samples import RECIPE, SIZE, a_trained_run, ids, prompts, responses, score
 
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import load_config
