@@ -2,7 +2,7 @@
 
     python benchmarks/simulator.py [--steps 14] [--only NAME ...] [--folder FOLDER] [--model FOLDER]
 
-Two synchronous runs, a small and a large batch, give the rates and the lengths (plan/calibrate.py). Every
+Synchronous runs of a small and a large batch give the rates and the lengths (plan/calibrate.py). Every
 other run is predicted from its config and these alone, then run. One trainer rank and one engine, so that on two cores
 an asynchronous run has one for each. ``off by`` is predicted over measured, less 1. A run whose steps are in FOLDER
 already is not run again. Meant for a machine that does nothing else: what slows down one run and not the others is an
@@ -57,7 +57,8 @@ class Case:
 
 
 CALIBRATION = {"small": Case(8, 8, 1), "large": Case(48, 8, 1)}
-"""Their mini-batches, of 64 and 384 responses, are on both sides of those predicted."""
+"""Their mini-batches, of 64 and 384 responses, are on both sides of those predicted. Each is run before these and again
+after: a virtual machine's speed drifts by more than what is measured here."""
 PREDICTED = {
     "N=1": Case(32, 8, 1),
     "N=2": Case(32, 8, 2),
@@ -102,7 +103,10 @@ def main() -> None:
 
 
 def compare(folder: Path, model: Path, steps: int, names: list[str]) -> None:
-    found = calibrate([train(name, case, folder, model, steps) for name, case in CALIBRATION.items()])
+    before = [train(name, case, folder, model, steps) for name, case in CALIBRATION.items()]
+    run_dirs = {name: train(name, PREDICTED[name], folder, model, steps) for name in names}
+    after = [train(f"{name} again", case, folder, model, steps) for name, case in CALIBRATION.items()]
+    found = calibrate([*before, *after])
     print(f"rates over {found.steps} steps of {' and '.join(CALIBRATION)}:")
     print("  " + ", ".join(f"{name} {value:.3g}" for name, value in found.rates.model_dump().items() if value))
     for warning in found.warnings:
@@ -113,8 +117,7 @@ def compare(folder: Path, model: Path, steps: int, names: list[str]) -> None:
         f"{'meas. pred.':>16}{'meas. pred.':>16}{'meas. pred.':>18}"
     )
     worst: dict[str, float] = {}
-    for name in names:
-        run_dir = train(name, PREDICTED[name], folder, model, steps)
+    for name, run_dir in run_dirs.items():
         config = load_config(run_dir / "config.resolved.yaml").run
         measured = measured_outcome(run_dir)
         ours = simulate(

@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+IMPORTED_ONCE = ["megatron_vespo.policy.trainer", "megatron_vespo.weights.export"]
+"""By the process that ranks are forked from, which starts no thread: a rank that imports megatron-core itself takes
+seconds of a core for it, and the suite has hundreds of ranks. They see the environment of its start."""
+
 
 class RankError(AssertionError):
     """A rank raised, died or ran out of time; the message holds each rank's own traceback."""
@@ -29,13 +33,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     other ranks (they would wait for it for ever), and RankError shows the tracebacks.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: the system finds a free one
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
     pipes, processes = [], []
+    call = pickle.dumps(
+        (function, args)
+    )  # multiprocessing would send a descriptor for each tensor, and no more than 250
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank_main, args=(function, rank, world_size, store.port, sending, args), daemon=True
-        )
+        process = context.Process(target=_rank_main, args=(call, rank, world_size, store.port, sending), daemon=True)
         process.start()
         sending.close()
         pipes.append(receiving)
@@ -77,15 +83,14 @@ def _collect(pipes: list[Connection], deadline: float, timeout_s: float) -> list
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, pipe: Connection, args: tuple[Any, ...]
-) -> None:
+def _rank_main(call: bytes, rank: int, world_size: int, port: int, pipe: Connection) -> None:
     try:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        function, args = pickle.loads(call)
         answer = ("result", function(*args))
         dist.barrier()
         dist.destroy_process_group()

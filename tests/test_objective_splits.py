@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from objective_data import (
     AGGREGATION_PARAMS,
     CORRECTION_CASES,
@@ -20,6 +17,7 @@ from objective_data import (
     merged_sums,
     pack,
 )
+from ranks import run_ranks
 
 from megatron_vespo.observe.metrics import MetricSums, merged
 
@@ -96,9 +94,8 @@ def test_one_response_a_micro_batch(case: str) -> None:
     assert_same(run((case, "token-mean", "none"), [[i] for i in range(10)]), unsplit((case, "token-mean", "none")))
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def share_of_rank() -> dict:
+    rank = dist.get_rank()
     calls: list[tuple[int, ...]] = []
     all_reduce = dist.all_reduce
 
@@ -125,17 +122,13 @@ def rank_main(rank: int, folder: str) -> None:
     dist.all_reduce = all_reduce
     for name, original in originals.items():
         setattr(dist, name, original)
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def shares() -> list[dict]:
     """What each of four gloo ranks returned, all layouts and cases in one start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(rank_main, args=(str(folder),), nprocs=WORLD, join=True)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(share_of_rank, WORLD)
 
 
 @pytest.mark.slow
