@@ -2,11 +2,11 @@
 
     python benchmarks/simulator.py [--steps 14] [--only NAME ...] [--folder FOLDER] [--model FOLDER]
 
-Synchronous runs of a small and a large batch give the rates and the lengths (plan/calibrate.py). Every
-other run is predicted from its config and these alone, then run. One trainer rank and one engine, so that on two cores
-an asynchronous run has one for each. ``off by`` is predicted over measured, less 1. A run whose steps are in FOLDER
-already is not run again. Meant for a machine that does nothing else: what slows down one run and not the others is an
-error of the prediction here.
+Synchronous runs of a small and a large batch give the rates and the lengths (plan/calibrate.py). Every other run is
+predicted from its config and these alone. One trainer rank and one engine, so that on two cores an asynchronous run
+has one for each. ``off by`` is predicted over measured, less 1. A run whose steps are in FOLDER already is not run
+again. Meant for a machine that does nothing else: what slows down one run and not the others is an error of the
+prediction here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Case:
 
 
 CALIBRATION = {"small": Case(8, 8, 1), "large": Case(48, 8, 1)}
-"""Their mini-batches, of 64 and 384 responses, are on both sides of those predicted. Each is run before these and again
+"""Mini-batches of 64 and 384 responses are on both sides of those predicted. Each is run before these and again
 after: a virtual machine's speed drifts by more than what is measured here."""
 PREDICTED = {
     "N=1": Case(32, 8, 1),
