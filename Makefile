@@ -30,7 +30,7 @@ test: env lint
 test-fast: env
 	$(BIN)/python -m pytest -m 'not slow'
 
-# Kills driver, ranks, engines and graders of a tiny run, thirty times; what is left must equal the undisturbed run.
+# Kills driver, ranks, engines and graders of a tiny run, forty times; what is left must equal the undisturbed run.
 chaos: env
 	PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
 

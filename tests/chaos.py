@@ -1,12 +1,12 @@
 """Kills parts of a tiny run with SIGKILL, again and again, and holds what is left to the run that nobody disturbed.
 
-    python -m chaos [--rounds 30] [--seed 1] [--ranks 2]
+    python -m chaos [--rounds 30] [--asynchronous-rounds 10] [--seed 1] [--ranks 2]
 
-Each round waits for a random moment of a run in synchronous mode and kills its driver, a trainer rank, an engine or a
+Each round waits for a random moment of a run and kills its driver, a trainer rank, an engine or a
 reward worker; ``checkpoint`` is the driver's death with a byte of the newest checkpoint changed. A driver is started
 again at once, whatever else dies by the driver. After each round the ledger must balance. When the run is through, its
 weights, optimizer, data order, ledger, rollouts and metrics must be those of the undisturbed run, bit for bit; then the
-next run begins.
+next run begins. Asynchronous runs, of which no two are alike, must have made each update once, of a whole mini-batch.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Chaos:
     folder: Path
     """Runs and their logs go here."""
     config: Path
-    undisturbed: Path
-    """The directory of a whole run of ``config``."""
+    undisturbed: Path | None
+    """The directory of a whole run of ``config``; None: asynchronous."""
     draw: random.Random
     say: Callable[[str], None] = print
     run: int = 0
@@ -187,22 +187,30 @@ class Chaos:
     def check_and_go_on(self) -> None:
         assert self.process is not None
         assert self.process.returncode == 0, self.log()
-        ours, theirs = self.directory, self.undisturbed
-        assert final_checkpoint(ours) == final_checkpoint(theirs)
-        assert (ours / "hf" / "model.safetensors").read_bytes() == (theirs / "hf" / "model.safetensors").read_bytes()
-        assert final_ledger(ours) == final_ledger(theirs)
-        assert stored_steps(ours / "rollouts") == stored_steps(theirs / "rollouts")
-        for step in stored_steps(ours / "rollouts"):
-            pairs = zip(*(read_batch(batch_file(run / "rollouts", step)) for run in (ours, theirs)), strict=True)
-            assert all(same(a, b) for a, b in pairs), step
-        assert training_metrics(ours) == training_metrics(theirs)
-        counted = account(ours)
+        if self.undisturbed is not None:
+            check_equal(self.directory, self.undisturbed)
+        counted = account(self.directory)
         assert counted.balances and sum(counted.updates.values()) == counted.samples["trained"]
+        assert sorted(counted.updates) == list(range(len(counted.updates))), "an update is missing"
+        assert len(set(counted.updates.values())) == 1, "a mini-batch is not whole"
         self.undone += sum(rollback[2] for rollback in counted.rollbacks)
-        self.say(f"run {self.run} is through, and equal to the undisturbed one bit for bit")
+        equal = "" if self.undisturbed is None else ", and equal to the undisturbed one bit for bit"
+        self.say(f"run {self.run} is through{equal}")
         self.say(account_table(counted))
         self.process = None
         self.run += 1
+
+
+def check_equal(ours: Path, theirs: Path) -> None:
+    """Two runs' directories: everything but what the clock says."""
+    assert final_checkpoint(ours) == final_checkpoint(theirs)
+    assert (ours / "hf" / "model.safetensors").read_bytes() == (theirs / "hf" / "model.safetensors").read_bytes()
+    assert final_ledger(ours) == final_ledger(theirs)
+    assert stored_steps(ours / "rollouts") == stored_steps(theirs / "rollouts")
+    for step in stored_steps(ours / "rollouts"):
+        pairs = zip(*(read_batch(batch_file(run / "rollouts", step)) for run in (ours, theirs)), strict=True)
+        assert all(same(a, b) for a, b in pairs), step
+    assert training_metrics(ours) == training_metrics(theirs)
 
 
 def final_checkpoint(run: Path) -> tuple[Any, Any]:
@@ -248,7 +256,7 @@ def rounds_of(count: int, draw: random.Random) -> list[str]:
     return order[:count]
 
 
-def chaos(folder: Path, config: Path, undisturbed: Path, victims: Sequence[str], draw: random.Random) -> Chaos:
+def chaos(folder: Path, config: Path, undisturbed: Path | None, victims: Sequence[str], draw: random.Random) -> Chaos:
     """Raises AssertionError where something was lost, done twice, or is not what the undisturbed run has."""
     state = Chaos(folder, config, undisturbed, draw)
     try:
@@ -268,25 +276,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="of each run")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--asynchronous-rounds", type=int, default=10)
     options = parser.parse_args()
     draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     started = time.monotonic()
-    config = make_run(
-        folder,
-        data={"evaluate": None},
-        train={"steps": options.steps, "prompts_per_step": 4},
-        checkpoint={"every": 2},
-        cluster={"ranks_per_node": options.ranks, "max_restarts": 10},
-    )
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"evaluate": None},
+        "train": {"steps": options.steps, "prompts_per_step": 4},
+        "checkpoint": {"every": 2},
+        "cluster": {"ranks_per_node": options.ranks, "max_restarts": 10},
+    }
+    config = make_run(folder, **sections)
     code, out, err = train(config)
     assert code == 0, out + err
     state = chaos(folder, config, folder / "run", rounds_of(options.rounds, draw), draw)
-    minutes = (time.monotonic() - started) / 60
-    print(
-        f"{options.rounds} rounds, {state.run} runs, {minutes:.0f} min: every run is equal to the undisturbed one, and"
-    )
+    print(f"{options.rounds} rounds, {state.run} runs: every run is equal to the undisturbed one, and")
     print(f"{state.undone} samples were trained again from disk after their weights were lost")
+
+    sections["train"] |= {"mode": "asynchronous", "steps": 2 * options.steps, "mini_batches": 1}
+    config = make_run(folder / "asynchronous", **sections)
+    state = chaos(folder / "asynchronous", config, None, rounds_of(options.asynchronous_rounds, draw), draw)
+    print(f"{options.asynchronous_rounds} rounds, {state.run} asynchronous runs: every account balances")
+    print(f"{(time.monotonic() - started) / 60:.0f} min")
     shutil.rmtree(folder)
 
 
