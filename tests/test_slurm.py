@@ -64,7 +64,7 @@ def test_a_job_with_too_few_nodes_is_refused_before_ray_starts(cluster: SlurmClu
 
 
 def test_at_the_time_limit_the_run_stops_with_a_checkpoint_and_goes_on(cluster: SlurmCluster, job_folder: Path) -> None:
-    job = TinyJob(cluster, job_folder, 2, "--time=4", "--signal=B:USR1@170", train=ENDLESS, checkpoint={"every": 0})
+    job = TinyJob(cluster, job_folder, 2, "--time=3", "--signal=B:USR1@130", train=ENDLESS, checkpoint={"every": 0})
     wait_until(lambda: job.starts() == 2, 280, "the job to be queued again")
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # the limit struck; it need not again
     last = job.steps()[-1]

@@ -29,10 +29,9 @@ class Command(Job):
         self, cluster: SlurmCluster, folder: Path, launcher: str, *words: str | Path, after: Job | None = None
     ) -> None:
         flags = [f"--dependency=afterok:{after.number}"] if after else []
-        log = folder / f"{'-'.join(Path(word).name for word in (launcher, *words[:2]))}.log"
-        super().__init__(
-            cluster, log, *flags, f"launch/slurm/{launcher}", *map(str, words), RUN_DIR=str(folder / "jobs")
-        )
+        command = [*flags, f"launch/slurm/{launcher}", *map(str, words)]
+        super().__init__(cluster, folder / "job-%j.log", *command, RUN_DIR=str(folder / "jobs"))
+        self.log = folder / f"job-{self.number}.log"
 
     def exit_code(self) -> int:
         code, _, number = self.ended()["ExitCode"].partition(":")
@@ -50,19 +49,21 @@ def test_a_model_comes_back_from_megatron_and_verify_tells_another(cluster: Slur
     there = Command(cluster, job_folder, "convert.sh", "to-megatron", hf, megatron)
     home = Command(cluster, job_folder, "convert.sh", "to-hf", megatron, back, after=there)
     proof = Command(cluster, job_folder, "convert.sh", "verify", hf, megatron, after=there)
-    wrong = Command(cluster, job_folder, "convert.sh", "verify", other, megatron, "--no-logits", after=there)
+    report = job_folder / "wrong.json"
+    verify_another = ["verify", other, megatron, "--no-logits", "--report", report]
+    wrong = Command(cluster, job_folder, "convert.sh", *verify_another, after=there)
     for job in (there, home, proof):
         assert job.exit_code() == 0, job.said()
     assert differences(load_file(back / "model.safetensors"), hf) == []
-    assert json.loads((megatron / "verify.json").read_text()), proof.said()
+    assert "proven" in proof.said()
     assert wrong.exit_code() == 1 and "model.norm.weight" in wrong.said()
 
 
 def test_what_is_refused_ends_the_job_and_its_log_says_why(cluster: SlurmCluster, job_folder: Path) -> None:
-    absent = job_folder / "absent"
+    absent, out = job_folder / "absent", job_folder / "out"
     jobs = [
-        Command(cluster, job_folder, "convert.sh", "to-megatron", absent, job_folder / "out"),
-        Command(cluster, job_folder, "eval.sh", absent, "--data", job_folder / "sums.jsonl", "--out", job_folder / "out"),
+        Command(cluster, job_folder, "convert.sh", "to-megatron", absent, out),
+        Command(cluster, job_folder, "eval.sh", absent, "--data", job_folder / "sums.jsonl", "--out", out),
     ]
     for job in jobs:
         assert job.exit_code() == 2, job.said()
@@ -91,7 +92,7 @@ def test_an_evaluation_queued_again_in_the_middle_asks_for_what_is_missing(
     wait_until(lambda: len(responses(file)) >= 3, 120, "the first responses")
     cluster.ask("scontrol", "requeue", job.number)
     wait_until(lambda: job.starts() == 2, 30, "the job to be queued again")
-    wait_until(lambda: not cluster.job_processes(), 30, "the first start to end")
+    wait_until(lambda: not cluster.job_processes(), 60, "the first start to end")
     assert "every process of the run has been ended" in job.said(), "the command was not told"
     before = file.read_text()
     assert len(responses(file)) < K * PROBLEMS, "it had ended already"
@@ -100,10 +101,8 @@ def test_an_evaluation_queued_again_in_the_middle_asks_for_what_is_missing(
     rows = responses(file)
     assert file.read_text().startswith(before[: before.rfind("\n") + 1]), "what was there was written anew"
     assert len(rows) == len({(row["problem"], row["index"]) for row in rows}) == K * PROBLEMS
-    [result] = json.loads((out / "results.json").read_text())
-    assert f"| model | sums | {PROBLEMS} | {K} |" in job.said()
-    assert (out / "table.md").read_text().strip() in job.said()
-    assert result["checkpoint"] == "model"
+    table = (out / "table.md").read_text().strip()
+    assert f"| model | sums | {PROBLEMS} | {K} |" in table and table in job.said()
 
 
 def test_a_run_of_a_job_is_evaluated_by_another(cluster: SlurmCluster, trained: TinyJob, job_folder: Path) -> None:

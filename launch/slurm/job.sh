@@ -33,7 +33,7 @@ prepare() {
   LOGS=$(readlink -f "$LOGS")
   RUN_DIR=$(readlink -f "$RUN_DIR")
   ADDRESS_FILE=$LOGS/ray_address
-  rm -f "$RUN_DIR/stop" "$ADDRESS_FILE" # of a start that ended before it obeyed
+  rm -f "$ADDRESS_FILE"
   # Whoever reaches an open Ray port runs what he likes as this user.
   RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
   RAY_TEMPORARY=/tmp/ray.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -219,6 +219,7 @@ train_job() {
   local code=0 settings
   STOP_AT=0 DRIVER='' RAY='' HET_GROUPS=()
   prepare
+  rm -f "$RUN_DIR/stop" # of a start that ended before it obeyed
   settings=("$@" "run_dir=$RUN_DIR")
   [ -z "${MODEL:-}" ] || settings+=("model.path=$MODEL")
   [ -z "${DATA:-}" ] || settings+=("data.train=$DATA")
