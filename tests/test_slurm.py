@@ -36,7 +36,8 @@ def test_trainers_and_engines_take_their_nodes_and_nothing_is_left(cluster: Slur
 def test_a_grid_runs_as_an_array_and_is_reported_side_by_side(cluster: SlurmCluster, job_folder: Path) -> None:
     grid = job_folder / "grid.yaml"
     grid.write_text("- {objective.name: [vespo, gspo]}\n")
-    job = TinyJob(cluster, job_folder, 1, launch_flags=["--grid", str(grid)])
+    # Without GPUs a node has room for the engine too, and the script would ask for one more.
+    job = TinyJob(cluster, job_folder, 1, "--nodes=1", launch_flags=["--grid", str(grid)])
     for task in ("_0", "_1"):
         assert job.ended(part=task)["JobState"] == "COMPLETED", job.said()
     runs = [job.run / "name=vespo", job.run / "name=gspo"]
@@ -64,7 +65,7 @@ def test_a_job_with_too_few_nodes_is_refused_before_ray_starts(cluster: SlurmClu
 
 
 def test_at_the_time_limit_the_run_stops_with_a_checkpoint_and_goes_on(cluster: SlurmCluster, job_folder: Path) -> None:
-    job = TinyJob(cluster, job_folder, 2, "--time=3", "--signal=B:USR1@130", train=ENDLESS, checkpoint={"every": 0})
+    job = TinyJob(cluster, job_folder, 2, "--time=4", "--signal=B:USR1@190", train=ENDLESS, checkpoint={"every": 0})
     wait_until(lambda: job.starts() == 2, 280, "the job to be queued again")
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # the limit struck; it need not again
     last = job.steps()[-1]
