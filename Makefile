@@ -61,7 +61,8 @@ test-slurm: env
 	@command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null && command -v shellcheck \
 	  >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
 	  apt-get install -q -y --no-install-recommends slurm-wlm munge iproute2 shellcheck; }
-	PYTHONPATH=.:tests $(BIN)/python -m pytest tests/test_slurm.py tests/test_launch.py --durations=20
+	PYTHONPATH=.:tests $(BIN)/python -m pytest tests/test_slurm.py tests/test_slurm_commands.py tests/test_launch.py \
+	  --durations=20
 
 lint: env
 	$(BIN)/ruff check .

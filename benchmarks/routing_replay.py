@@ -32,7 +32,7 @@ from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.optimizer import wrap_for_training
 from megatron_vespo.policy.routing_replay import LayerReplay, MicroBatchRouting, RoutingReplay, mismatch_metric
 from megatron_vespo.policy.step import LogprobHead, objective_loss, run_micro_batches
-from megatron_vespo.rollout.process import free_port
+from megatron_vespo.ports import free_port
 from megatron_vespo.rollout.reference.batch import RunningBatch, Sequence
 from megatron_vespo.rollout.reference.model import ReferenceModel
 from megatron_vespo.rollout.reference.precision import Fp8

@@ -1,9 +1,10 @@
 """What tests of several files ask of: one engine of each kind for the whole session, as SGLang takes a minute or two to
-start on a CPU; a converted model; engines in this process to send weights to."""
+start on a CPU; a converted model; engines in this process to send weights to; a Slurm cluster."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from device_here import DeviceHere
     from engine_here import EngineHere
     from served_engines import Served
+    from slurm.cluster import SlurmCluster
+    from slurm.tiny_job import TinyJob
     from transports_here import Weights
 
 SGLANG_MISSING = importlib.util.find_spec("sglang") is None
@@ -94,3 +97,34 @@ def versions(folders: tuple[Path, Path]) -> list[Weights]:
     from transports_here import three_versions
 
     return three_versions(folders)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    from slurm.cluster import SlurmCluster
+    from slurm.tiny_job import ROOT
+
+    folder = tmp_path_factory.mktemp("slurm")
+    with SlurmCluster(folder / "cluster", 8, [ROOT, Path(sys.prefix), folder.parent]) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def job_folder(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Under the file system that all nodes of ``cluster`` share; afterwards no job of the test runs."""
+    from tiny_run import wait_until
+
+    yield tmp_path_factory.mktemp("job")
+    cluster.ask("scancel", "--user=root")
+    wait_until(lambda: not cluster.job_processes(), 60, f"every process of a job to end: {cluster.job_processes()}")
+
+
+@pytest.fixture(scope="session")
+def trained(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
+    """A job that has ended: three asynchronous steps, the trainer on one node and the engine on another."""
+    from slurm.tiny_job import TinyJob
+
+    apart = "--export=ALL,TRAINER_NODES=1,ROLLOUT_NODES=1"
+    job = TinyJob(cluster, tmp_path_factory.mktemp("job"), 2, apart, launcher="moe_30b_vespo_async.sh")
+    assert job.ended()["JobState"] == "COMPLETED", job.said()
+    return job

@@ -19,7 +19,7 @@ from local_launcher import KEY, LocalLauncher
 from tiny_run import make_run, processes_about, records, start, train, wait_until
 
 from megatron_vespo.cli import main
-from megatron_vespo.rollout.process import free_port
+from megatron_vespo.ports import free_port
 
 pytestmark = pytest.mark.slow
 

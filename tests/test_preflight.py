@@ -12,7 +12,7 @@ from tiny_run import make_run
 from megatron_vespo.cli import main
 from megatron_vespo.config.load import ConfigError, load_config
 from megatron_vespo.loop.preflight import check_run
-from megatron_vespo.rollout.process import free_port
+from megatron_vespo.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,8 +20,8 @@ from local_launcher import KEY, LocalLauncher
 from rollout_checkpoints import load_plain
 from served_engines import PROMPT, ask, assert_span
 
+from megatron_vespo.ports import free_port
 from megatron_vespo.rollout import EngineError, HttpEngine, dispatch, health, launch_engine
-from megatron_vespo.rollout.process import free_port
 
 pytestmark = pytest.mark.slow
 

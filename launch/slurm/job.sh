@@ -33,7 +33,7 @@ prepare() {
   LOGS=$(readlink -f "$LOGS")
   RUN_DIR=$(readlink -f "$RUN_DIR")
   ADDRESS_FILE=$LOGS/ray_address
-  rm -f "$RUN_DIR/stop" "$ADDRESS_FILE" # of a start that ended before it obeyed
+  rm -f "$ADDRESS_FILE"
   # Whoever reaches an open Ray port runs what he likes as this user.
   RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
   RAY_TEMPORARY=/tmp/ray.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -125,16 +125,32 @@ start_ray() {
   return 1
 }
 
-# NAME COMMAND...: on the first node, its output in NAME.log. srun's own exit code may be 0 after a node was lost, so that
-# of the command is kept in a file.
+# FILE COMMAND...: the task of a step, in a shell of its own. srun's own exit code may be 0 after a node was lost, so that of
+# the command is kept in FILE. Slurm's cgroups give SIGTERM to the task alone and not to what it starts: it is passed on.
+keep_exit_code() {
+  local file=$1 command code again=1
+  shift
+  (
+    trap - INT QUIT # which a shell lets its background processes ignore
+    exec "$@"
+  ) &
+  command=$!
+  trap 'again=1; kill -TERM "$command"' TERM
+  while ((again)); do # a signal ends the wait early
+    again=0 code=0
+    wait "$command" || code=$?
+  done
+  echo "$code" >"$file"
+  exit "$code"
+}
+
+# NAME COMMAND...: on the first node, its output in NAME.log, its exit code in NAME.exit.
 on_head() {
   local name=$1
   shift
   rm -f "$LOGS/$name.exit"
-  # shellcheck disable=SC2016 # for the inner shell
   "${STEP[@]}" --nodes=1 --ntasks=1 --nodelist="$(hostname -s)" --output="$LOGS/$name.log" "${CONTAINED[@]}" \
-    bash -c 'trap "" TERM; file=$1; shift; (trap - TERM; exec "$@"); code=$?; echo "$code" >"$file"; exit "$code"' \
-    bash "$LOGS/$name.exit" "$@"
+    bash -c "$(declare -f keep_exit_code); keep_exit_code \"\$@\"" bash "$LOGS/$name.exit" "$@"
 }
 
 exit_code() { cat "$LOGS/$1.exit" 2>/dev/null || echo 1; }
@@ -203,6 +219,7 @@ train_job() {
   local code=0 settings
   STOP_AT=0 DRIVER='' RAY='' HET_GROUPS=()
   prepare
+  rm -f "$RUN_DIR/stop" # of a start that ended before it obeyed
   settings=("$@" "run_dir=$RUN_DIR")
   [ -z "${MODEL:-}" ] || settings+=("model.path=$MODEL")
   [ -z "${DATA:-}" ] || settings+=("data.train=$DATA")
@@ -228,13 +245,15 @@ train_job() {
   exit "$code"
 }
 
-# command_job COMMAND ARGUMENT...: any other command of megatron-vespo, on the first node, without Ray of ours.
+# command_job COMMAND ARGUMENT...: any other command of megatron-vespo, on the first node, without Ray of ours. At the time
+# limit, scancel or a requeue Slurm tells the command itself; what it says at its end still gets into the job's log.
 command_job() {
   HET_GROUPS=()
   prepare
-  trap 'exit 130' TERM INT
+  trap : TERM INT
   on_head "$1" "$PYTHON" -m megatron_vespo "$@" &
-  wait $! || true
+  local command=$!
+  while kill -0 "$command" 2>/dev/null; do wait "$command" || true; done
   cat "$LOGS/$1.log"
   exit "$(exit_code "$1")"
 }

@@ -63,6 +63,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it again, and what is under way is being ended
     raise KeyboardInterrupt
 
 

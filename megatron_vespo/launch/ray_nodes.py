@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megatron_vespo.rollout.process import free_port
+from megatron_vespo.ports import free_port
 
 TRIES = 5
 RETRY_S = 5.0

@@ -13,11 +13,12 @@ import httpx
 
 from megatron_vespo.config.engine_flags import by_flag_name
 from megatron_vespo.platform.sglang_server import KEY_VARIABLE
+from megatron_vespo.ports import free_port
 from megatron_vespo.rollout import sglang
 from megatron_vespo.rollout.client import HttpEngine
 from megatron_vespo.rollout.health import wait_until_ready, warm_up
 from megatron_vespo.rollout.precision import EngineKind, Precision, check_block_fp8, precision_flags, refusal
-from megatron_vespo.rollout.process import EngineProcess, free_port
+from megatron_vespo.rollout.process import EngineProcess
 from megatron_vespo.rollout.protocol import EngineError
 
 LOOPBACK = "127.0.0.1"

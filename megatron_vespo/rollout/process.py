@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,25 +13,6 @@ from pathlib import Path
 
 GUARD = Path(__file__).with_name("guard.py")
 LOG_TAIL_LINES = 25
-
-
-PORTS = range(20_000, 32_000)
-"""Below those that the system hands out by itself (32,768 and up on Linux): until an engine has loaded its model and
-listens, a port of these could go to any connection."""
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of PORTS, at random, that nobody uses right now. Raises OSError if ``host`` is not of this machine."""
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-            else:
-                return port
-    raise OSError(errno.EADDRINUSE, f"none of 100 ports of {host} between {PORTS.start} and {PORTS.stop} is free")
 
 
 class EngineProcess:

@@ -1,4 +1,4 @@
-"""Submits the launchers with the tiny run, and looks at what became of it."""
+"""Submits the launchers, with the tiny run or any other command, and looks at what became of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,30 @@ from tiny_run import make_run, records
 from slurm.cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 
 
-class TinyJob:
+class Job:
+    """``sbatch COMMAND``; what it says goes to ``log``."""
+
+    def __init__(self, slurm: SlurmCluster, log: Path, *command: str, **environment: str) -> None:
+        self.slurm, self.log = slurm, log
+        sbatch = ("sbatch", "--parsable", f"--output={log}", *command)
+        self.number = slurm.ask(*sbatch, cwd=ROOT, **ENVIRONMENT, **environment).strip()
+
+    def starts(self) -> int:
+        return 1 + int(self.slurm.job(self.number)["Restarts"])
+
+    def ended(self, timeout_s: float = 240, part: str = "") -> dict[str, str]:
+        """``part``: of an array ``_0``, of a heterogeneous job ``+0``."""
+        return self.slurm.wait_for(self.number + part, ENDED, timeout_s)
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else "nothing"
+
+
+class TinyJob(Job):
     """One job of ``launcher`` on ``nodes`` nodes, everything of it under ``folder``; or, where there are
     ``launch_flags``, of the script that ``megatron-vespo launch`` prints with them."""
 
@@ -30,30 +51,20 @@ class TinyJob:
         launch_flags: Sequence[str] = (),
         **sections: dict[str, Any],
     ) -> None:
-        folder.mkdir()
-        self.slurm, self.folder, self.run = slurm, folder, folder / "run"
+        self.folder, self.run = folder, folder / "run"
         defaults = {
             "cluster": {"nodes": nodes, "ranks_per_node": 1},
             "checkpoint": {"every": 1, "export_hf": False},
             "evaluate": {"max_prompts": 2, "samples_per_prompt": 1},
         }
         self.config = make_run(folder, **(defaults | sections))
-        self.log = folder / "job.log"
-        command = ["sbatch", "--parsable", f"--output={self.log}", *flags]
-        environment = {
-            "PYTHON": sys.executable,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "OMP_NUM_THREADS": "1",
-            "RAY_OBJECT_STORE_BYTES": str(150 << 20),
-            "MAX_STARTS": "2",
-            "GRACE_S": "15",
-        }
+        environment = {"RAY_OBJECT_STORE_BYTES": str(150 << 20), "MAX_STARTS": "2", "GRACE_S": "15"}
         if launch_flags:
-            command.append(self._printed(launch_flags))
+            command = [*flags, self._printed(launch_flags)]
         else:
-            command += [f"--nodes={nodes}", f"launch/slurm/{launcher}", "train.mini_batches=2"]
+            command = [*flags, f"--nodes={nodes}", f"launch/slurm/{launcher}", "train.mini_batches=2"]
             environment |= {"CONFIG": str(self.config), "RUN_DIR": str(self.run)}
-        self.number = slurm.ask(*command, cwd=ROOT, **environment).strip()
+        super().__init__(slurm, folder / "job.log", *command, **environment)
 
     def _printed(self, launch_flags: Sequence[str]) -> str:
         command = [sys.executable, "-m", "megatron_vespo", "launch", str(self.config), "--dry-run", *launch_flags]
@@ -64,18 +75,8 @@ class TinyJob:
     def steps(self) -> list[int]:
         return [record["step"] for record in records(self.run) if "loss" in record]
 
-    def starts(self) -> int:
-        return 1 + int(self.slurm.job(self.number)["Restarts"])
-
     def end_after(self, steps: int) -> None:
         """From its next start on, the run ends there: a config is read at every start."""
         config = yaml.safe_load(self.config.read_text())
         config["train"]["steps"] = steps
         self.config.write_text(yaml.safe_dump(config))
-
-    def ended(self, timeout_s: float = 240, part: str = "") -> dict[str, str]:
-        """``part``: of an array ``_0``, of a heterogeneous job ``+0``."""
-        return self.slurm.wait_for(self.number + part, ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), timeout_s)
-
-    def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else "nothing"
