@@ -82,6 +82,9 @@ class Cell:
             "prompts_per_step": PROMPTS_PER_UPDATE * updates_per_step,
             "mini_batches": updates_per_step,
         }
+        if self.precision == "fp32" and self.method in PAPER:
+            # The engine's log-probs are the trainer's to rounding, and these methods know no other ratio than pi / mu.
+            train["old_logprobs"] = "engine"
         optimizer: dict[str, Any] = {"lr": LEARNING_RATE, "warmup_updates": WARM_UP_UPDATES, "betas": [0.9, 0.95]}
         if self.method == "vespo+ess":
             optimizer["ess_step"] = "phi"
