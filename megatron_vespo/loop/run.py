@@ -271,8 +271,10 @@ class Run:
     def _old_pass(self, samples: Sequence[Sample], version: int | None) -> None:
         """None: the weights of now sampled all of it."""
         for sample, logprobs in zip(samples, self._logprobs_of(samples, version), strict=True):
-            # Tokens that do not count get one that is as good as any.
-            know(sample, lacks_old(sample) | (version is None) | (sample.weight_versions == version), logprobs)
+            if version is None:
+                sample.old_logprobs = logprobs
+            else:  # tokens that do not count get one that is as good as any
+                know(sample, lacks_old(sample) | (sample.weight_versions == version), logprobs)
 
     def _logprobs_of(self, samples: Sequence[Sample], version: int | None) -> list[np.ndarray]:
         self.turns.trainer()

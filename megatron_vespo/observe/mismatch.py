@@ -80,14 +80,17 @@ class Bucket:
 
 def differences(samples: Iterable[Sample]) -> Differences:
     """Of the samples that have log pi_old."""
-    values, positions, lengths = [np.empty(0)], [np.empty(0, np.int64)], []
-    for sample in samples:
-        if sample.old_logprobs is not None and sample.loss_mask.any():
-            counted = np.flatnonzero(sample.loss_mask)
-            values.append(sample.old_logprobs[counted].astype(np.float64) - sample.rollout_logprobs[counted])
-            positions.append(counted)
-            lengths.append(len(counted))
-    return Differences(np.concatenate(values), np.concatenate(positions), np.array(lengths, np.int64))
+    known = [sample for sample in samples if sample.old_logprobs is not None]
+    if not known:
+        return Differences(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+    # All at once: a call of numpy's a sample is what a driver of 10,000 samples a second has no time for.
+    counted = np.concatenate([sample.loss_mask for sample in known])
+    old = np.concatenate([sample.old_logprobs for sample in known if sample.old_logprobs is not None])
+    rollout = np.concatenate([sample.rollout_logprobs for sample in known])
+    sizes = np.array([len(sample.loss_mask) for sample in known], np.int64)
+    positions = np.arange(len(counted)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    lengths = np.bincount(np.repeat(np.arange(len(known)), sizes)[counted], minlength=len(known))
+    return Differences((old.astype(np.float64) - rollout)[counted], positions[counted], lengths[lengths > 0])
 
 
 def mismatch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
