@@ -131,9 +131,13 @@ class EngineGroup:
         if config.rollout.urls:
             return
         self.key = secrets.token_urlsafe(32) if spans_nodes(config) else None
-        self._weights = ServedWeights(first_weights(config).resolve(), 0)
-        self._hosts = [self._host(index) for index in range(config.rollout.engines)]
-        self._launches = [self._launch(index, self._weights) for index in range(len(self._hosts))]
+        try:
+            self._weights = ServedWeights(first_weights(config).resolve(), 0)
+            self._hosts = [self._host(index) for index in range(config.rollout.engines)]
+            self._launches = [self._launch(index, self._weights) for index in range(len(self._hosts))]
+        except BaseException:
+            self.close()
+            raise
 
     @cached_property
     def pool(self) -> EnginePool:

@@ -74,6 +74,18 @@ class ParallelLayout:
         )
 
     @property
+    def megatron_sizes(self) -> dict[str, int | None]:
+        """The sizes by the names that megatron-core's process groups and model config share."""
+        return dict(
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=self.virtual_pipeline,
+            context_parallel_size=self.context,
+            expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.expert_tensor,
+        )
+
+    @property
     def data(self) -> int:
         """Data-parallel size: ranks that see different sequences."""
         return self.world_size // (self.tensor * self.pipeline * self.context)

@@ -131,12 +131,7 @@ def transformer_config(hf_config: PreTrainedConfig, model: ModelConfig, layout: 
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **layout.megatron_sizes,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # packed rows differ in length
         # Where sends overlap with compute, the interleaved schedule gives the output up before it has left.

@@ -20,12 +20,7 @@ def initialize(layout: ParallelLayout, seed: int) -> None:
         raise ValueError(f"the layout is for {layout.world_size} ranks, and {dist.get_world_size()} are running")
     destroy()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **layout.megatron_sizes,
         create_gloo_process_groups=False,  # each costs threads, and nothing of ours asks for them
     )
     platform.current().seed(seed)
