@@ -10,8 +10,10 @@ import pytest
 from fake_run import fake_run
 from tiny_run import records
 
+from megatron_vespo.config.load import ConfigError
 from megatron_vespo.loop.modes import train
 from megatron_vespo.loop.run import Run
+from megatron_vespo.policy.checkpoint_folder import read_state, step_folder
 
 MODES: dict[str, dict[str, dict[str, Any]]] = {
     "synchronous": {"train": {"mini_batches": 2}},
@@ -22,8 +24,8 @@ ENGINE, TRAINER = -2.5, -1.0
 """Log-prob of every token: the fake engine's; the fake trainer's under its weights of now."""
 
 
-def finished(folder: Path, mode: str, old_logprobs: str) -> Run:
-    sections = dict(MODES[mode])
+def finished(folder: Path, mode: str, old_logprobs: str, **others: Any) -> Run:
+    sections = MODES[mode] | others
     sections["train"] = {**sections.get("train", {}), "mode": mode, "old_logprobs": old_logprobs}
     run = fake_run(folder, **sections)
     run.engines.engine.logprob = ENGINE  # type: ignore[attr-defined]
@@ -59,3 +61,16 @@ def test_the_trainers_own_are_computed_once_for_every_response(tmp_path: Path, m
     if mode != "asynchronous":  # where each was sampled by the weights of the pass
         assert sum(count for _, count in run.trainers.old_passes) == len(old)  # type: ignore[attr-defined]
         assert all((values == TRAINER).all() for values in old)
+
+
+@pytest.mark.parametrize(("before", "after"), [("engine", "engine"), ("engine", "exact"), ("exact", "engine")])
+def test_batches_sampled_ahead_lack_nothing_that_a_continued_run_needs(tmp_path: Path, before: str, after: str) -> None:
+    checkpoints = {"every": 3, "keep": 9}
+    finished(tmp_path, "constant_lag", before, checkpoint=checkpoints)
+    state = read_state(step_folder(tmp_path / "checkpoints", 3))
+    if (before, after) == ("engine", "exact"):
+        with pytest.raises(ConfigError, match=r"train\.old_logprobs = exact: .*ahead/step_000003 .* set it to engine"):
+            finished(tmp_path, "constant_lag", after, checkpoint=checkpoints, resumed=state)
+    else:
+        run = finished(tmp_path, "constant_lag", after, checkpoint=checkpoints, resumed=state)
+        assert run.step == 6 and len(old_of_trained(run)) == 3 * 4 * 2

@@ -41,7 +41,7 @@ def train(run: Run) -> None:
             evaluate(run)
         if run.checkpoint_due:
             run.store_batches(ahead)
-            run.save_checkpoint()
+            run.save_checkpoint(old_logprobs=config.train.old_logprobs)
         run.stop_if_asked()
 
     evaluate(run)
