@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of megatron_vespo, and the libraries that they may know; what a start does not load."""
+"""Who may import whom: rooms, and the libraries that each may know. Also what a start does not load."""
 
 from __future__ import annotations
 
