@@ -96,10 +96,12 @@ def test_methods_are_compared_with_vespo_cell_by_cell(tmp_path: Path) -> None:
     found = []
     for seed in (1, 2, 3, 4):
         for method, ahead in (("vespo", 0.0), ("topr", 0.1 + 0.01 * (seed % 2))):
-            made = line(seed, [0.4] * 16, [0.3, *[0.1 * seed + ahead] * 4])
+            made = line(seed, [0.4 - ahead] * 16, [0.3, *[0.1 * seed + ahead] * 4])
             found.append(results.Outcome.of(made | {"cell": f"{method}-n64-fp32-s{seed}"}))
     write_page(tmp_path / "study.md", "small", found[:-1], left=0)
-    assert "| topr | +0.11 ± 0.00 (3) |" in (tmp_path / "study.md").read_text()
+    text = (tmp_path / "study.md").read_text()
+    assert "| topr | +0.11 ± 0.00 (3) |" in text.partition("### Training reward of the last quarter, less")[0]
+    assert "| topr | -0.11 ± 0.00 (3) |" in text.partition("### Training reward of the last quarter, less")[2]
     write_page(tmp_path / "study.md", "small", found, left=0)
     assert "| topr | **+0.11 ± 0.00 (4)** |" in (tmp_path / "study.md").read_text()
 
@@ -116,7 +118,7 @@ def test_the_page_keeps_what_a_person_wrote_and_marks_what_broke(tmp_path: Path)
     text = page.read_text()
     assert text.count("A finding.") == 1 and text.count("## Tables") == 1
     assert "| sapo | 0.30 ± 0.28 † |" in text and "| sapo-n64-fp32-s1 |" in text and "3 cells" in text
-    assert all((page.parent / "images" / f"study_{name}.png").is_file() for name in ("final", "curves"))
+    assert all((page.parent / "images" / f"study_{name}.png").is_file() for name in ("final", "curves", "remedies"))
 
 
 @pytest.mark.slow
