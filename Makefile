@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch comes from wherever pip finds it; point TORCH_INDEX at torch's CPU index to save a large download.
 TORCH_INDEX ?=
+# Processes that share the tests; together they run at most four ranks (tests/rank_slots.py).
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist worksteal
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
@@ -25,10 +28,10 @@ quickstart: env
 	$(BIN)/python -m megatron_vespo train model_configs/quickstart.yaml $(ARGS)
 
 test: env lint
-	$(BIN)/python -m pytest -m 'not slurm' --durations=40
+	$(BIN)/python -m pytest $(SHARED) -m 'not slurm' --durations=40
 
 test-fast: env
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(SHARED) -m 'not slow'
 
 # Kills driver, ranks, engines and graders of a tiny run, forty times; what is left must equal the undisturbed run.
 chaos: env

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_slots import rank_slots
 from safetensors.torch import load_file
 from tiny_run import make_run, records
 
@@ -120,5 +121,5 @@ def modes_here(folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: dict[s
     # A page a mode would be most of what these tests take.
     monkeypatch.setattr("megatron_vespo.loop.run.write_report", lambda folder: "none")
     config = make_run(folder, sync={"folder": str(folder / "sync"), "probe_tolerance": 1e-4}, **sections)
-    with open_job(load_config(config)) as job, open_run(job) as run:
+    with rank_slots(2), open_job(load_config(config)) as job, open_run(job) as run:
         yield Modes(run, folder)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rank_slots import rank_slots
 
 IMPORTED_ONCE = ["megatron_vespo.policy.trainer", "megatron_vespo.weights.export"]
 """By the process that ranks are forked from, which starts no thread: a rank that imports megatron-core itself takes
@@ -32,6 +33,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     ``function`` finds its rank in torch.distributed. Arguments and results are pickled. The first failure ends the
     other ranks (they would wait for it for ever), and RankError shows the tracebacks.
     """
+    with rank_slots(world_size):
+        return _run_ranks(function, world_size, args, timeout_s)
+
+
+def _run_ranks(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: the system finds a free one
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rank_slots import rank_slots
 from test_report import Page
 from tiny_run import make_run, records, train
 
@@ -68,7 +69,8 @@ def run(tmp_path: Path) -> Path:
 
 
 def compared(run: Path, *arguments: str) -> dict[str, Any]:
-    assert main(["compare", str(run), *arguments]) == 0
+    with rank_slots(2):
+        assert main(["compare", str(run), *arguments]) == 0
     return json.loads((run / "compare" / "compare.json").read_text())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from rank_slots import rank_slots
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
@@ -91,14 +92,16 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> Path:
 def start(config: Path, *overrides: str, new_session: bool = False) -> subprocess.Popen[str]:
     """``megatron-vespo train`` in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_vespo", "train", str(config), *overrides],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=new_session,
-    )
+    with rank_slots(yaml.safe_load(config.read_text())["cluster"]["ranks_per_node"]) as slots:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_vespo", "train", str(config), *overrides],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=new_session,
+            pass_fds=slots,
+        )
 
 
 def train(config: Path, *overrides: str, timeout_s: float = 400) -> tuple[int, str, str]:
