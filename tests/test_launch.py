@@ -54,8 +54,39 @@ def test_shellcheck_passes_every_script() -> None:
 
 def test_a_grid_is_a_task_for_every_point(capsys: pytest.CaptureFixture[str]) -> None:
     script = printed(capsys, MOE, "--grid", ROOT / "model_configs/grids/paper.yaml")
-    assert "#SBATCH --array=0-23\n" in script  # 4 objectives x 5 N, and each asynchronous
-    assert "POINT=(objective.name=gspo train.mini_batches=16)" in script
+    assert "#SBATCH --array=0-19\n" in script  # 4 objectives x 5 N
+    settings = "objective.name=gspo train.mini_batches=16 train.prompts_per_step=4096 train.steps=94"
+    assert "qwen3_30b_a3b_vespo/name=gspo-mini_batches=16 POINT=(" + settings + ")" in script
+    script = printed(capsys, ASYNC, "--grid", ROOT / "model_configs/grids/objectives.yaml")
+    assert "#SBATCH --array=0-6\n" in script and "POINT=(objective.name=bapo)" in script
+
+
+def launched_with(folder: Path, launcher: str, **environment: str) -> tuple[int, list[str], str]:
+    """(exit code, arguments of train_job, what was said) of a launcher inside a job."""
+    library = folder / "launch/slurm/job.sh"
+    library.parent.mkdir(parents=True)
+    library.write_text(f"source {ROOT}/launch/slurm/job.sh\ntrain_job() {{ printf '%s\\n' \"$@\"; }}\n")
+    known = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "VESPO_HOME": str(folder)}
+    command = ["bash", str(ROOT / "launch/slurm" / launcher), "optimizer.lr=1"]
+    done = subprocess.run(command, env=known | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["moe_30b_vespo.sh", "dense_8b_vespo.sh"])
+def test_n_keeps_an_update_at_256_prompts_and_the_run_at_1500_updates(tmp_path: Path, launcher: str) -> None:
+    blocks = yaml.safe_load((ROOT / "model_configs/grids/paper.yaml").read_text())
+    for block in blocks:
+        (n,), prompts, steps = (block[f"train.{name}"] for name in ("mini_batches", "prompts_per_step", "steps"))
+        assert prompts / n == 256 and 1500 <= steps * n < 1500 + n
+        settings = [f"train.mini_batches={n}", f"train.prompts_per_step={prompts}", f"train.steps={steps}"]
+        code, (_, *passed), _ = launched_with(tmp_path / str(n), launcher, N=str(n))
+        assert (code, passed) == (0, [*settings, "optimizer.lr=1"])
+    code, (config, *passed), _ = launched_with(tmp_path / "none", launcher)
+    assert passed == ["optimizer.lr=1"]
+    run = load_config(ROOT / config).run
+    assert (run.train.mini_batches, run.train.prompts_per_step, run.train.steps) == (8, 2048, 188)
+    code, passed, said = launched_with(tmp_path / "wrong", launcher, N="many")
+    assert (code, passed) == (2, []) and "refused: N=many: how many mini-batches" in said
 
 
 def test_a_point_that_is_no_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

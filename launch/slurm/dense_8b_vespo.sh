@@ -11,9 +11,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # Qwen3-8B by VESPO, synchronous: sbatch launch/slurm/dense_8b_vespo.sh [key=value ...]
+# N=16 sbatch ...: a rollout batch makes 16 updates of 256 prompts, and the run 1,500 (the config's N is 8).
 set -euo pipefail
 # Slurm runs a copy of this file: the library is where the job was submitted, or in VESPO_HOME.
 cd "${VESPO_HOME:-${SLURM_SUBMIT_DIR:-.}}"
 # shellcheck source=launch/slurm/job.sh
 source launch/slurm/job.sh
-train_job "${CONFIG:-model_configs/qwen3_8b_vespo.yaml}" "train.mini_batches=${N:-8}" "$@"
+split_into "${N:-}"
+train_job "${CONFIG:-model_configs/qwen3_8b_vespo.yaml}" "${SPLIT[@]}" "$@"

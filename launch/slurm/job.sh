@@ -214,6 +214,16 @@ requeue() {
   exit 1
 }
 
+# split_into N: sets SPLIT to settings under which a rollout batch makes N updates of the paper's 256 prompts, and the run
+# its 1,500. Without an N to none: the config's stay.
+# shellcheck disable=SC2034 # the launchers pass it on
+split_into() {
+  SPLIT=()
+  [ -n "$1" ] || return 0
+  [[ $1 =~ ^[1-9][0-9]*$ ]] || refuse "N=$1: how many mini-batches a rollout batch is cut into, such as N=16"
+  SPLIT=("train.mini_batches=$1" "train.prompts_per_step=$((256 * $1))" "train.steps=$(((1500 + $1 - 1) / $1))")
+}
+
 # train_job CONFIG key=value...: a training run, from its newest checkpoint if it has one; its exit code is the driver's.
 train_job() {
   local code=0 settings
