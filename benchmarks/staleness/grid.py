@@ -36,10 +36,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "vespo+slower": {"name": "vespo"},
     "vespo_renormalised": {"name": "vespo_renormalised"},
     "vespo_tempered": {"name": "vespo_tempered"},
+    "vespo_tempered+ess": {"name": "vespo_tempered"},
 }
 """Name -> section ``objective``. Aggregation and advantages are the same for all: token-mean, group-mean-std."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "vespo+ess": {"ess_step": "phi"},
+    "vespo_tempered+ess": {"ess_step": "phi"},
     # The control of ess_step, whose steps are shorter by about as much.
     "vespo+slower": {"lr": 0.8 * LEARNING_RATE},
 }
