@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_run import TESTS, descendants, make_run, records, running, train
+from tiny_run import TESTS, descendants, make_run, records, running, slots_for, train
 
 from megatron_vespo.samples.accounting import Account, account, account_table
 from megatron_vespo.samples.ledger_schema import FILE
@@ -74,8 +74,8 @@ class Chaos:
         self.started += 1
         environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "megatron_vespo", "train", str(self.config), f"run_dir={self.directory}"]
-        with (self.folder / f"{self.started}.log").open("wb") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        with (self.folder / f"{self.started}.log").open("wb") as log, slots_for(self.config) as slots:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, pass_fds=slots)
 
     # ------------------------------------------------------------------------------------------ rounds
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +22,9 @@ def rank_slots(count: int) -> Iterator[list[int]]:
     slots for as long as it lives."""
     taken: list[int] = []
     try:
-        FOLDER.mkdir(exist_ok=True)
+        if not FOLDER.exists():
+            FOLDER.mkdir(exist_ok=True)
+            atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
         with (FOLDER / "gate").open("w") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one collects at a time: of two, each could have what the other wants
             while len(taken) < count:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,15 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
+def slots_for(config: Path) -> AbstractContextManager[list[int]]:
+    """Of a run's ranks; its process is to be started with them as ``pass_fds``."""
+    return rank_slots(yaml.safe_load(config.read_text())["cluster"]["ranks_per_node"])
+
+
 def start(config: Path, *overrides: str, new_session: bool = False) -> subprocess.Popen[str]:
     """``megatron-vespo train`` in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    with rank_slots(yaml.safe_load(config.read_text())["cluster"]["ranks_per_node"]) as slots:
+    with slots_for(config) as slots:
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_vespo", "train", str(config), *overrides],
             env=environment,
