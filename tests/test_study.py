@@ -104,6 +104,11 @@ def test_methods_are_compared_with_vespo_cell_by_cell(tmp_path: Path) -> None:
     assert "| topr | -0.11 ± 0.00 (3) |" in text.partition("### Training reward of the last quarter, less")[2]
     write_page(tmp_path / "study.md", "small", found, left=0)
     assert "| topr | **+0.11 ± 0.00 (4)** |" in (tmp_path / "study.md").read_text()
+    picture = tmp_path / "images" / "study_remedies.png"
+    assert not picture.exists(), "there is no remedy among them"
+    remedy = results.Outcome.of(line(1, [0.4] * 16, [0.3] * 5) | {"cell": "vespo+ess-n64-fp32-s1"})
+    write_page(tmp_path / "study.md", "small", [*found, remedy], left=0)
+    assert picture.exists() and "(images/study_remedies.png)" in (tmp_path / "study.md").read_text()
 
 
 def test_the_page_keeps_what_a_person_wrote_and_marks_what_broke(tmp_path: Path) -> None:
@@ -118,7 +123,7 @@ def test_the_page_keeps_what_a_person_wrote_and_marks_what_broke(tmp_path: Path)
     text = page.read_text()
     assert text.count("A finding.") == 1 and text.count("## Tables") == 1
     assert "| sapo | 0.30 ± 0.28 † |" in text and "| sapo-n64-fp32-s1 |" in text and "3 cells" in text
-    assert all((page.parent / "images" / f"study_{name}.png").is_file() for name in ("final", "curves", "remedies"))
+    assert all((page.parent / "images" / f"study_{name}.png").is_file() for name in ("final", "curves"))
 
 
 @pytest.mark.slow

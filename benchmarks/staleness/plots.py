@@ -11,7 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.staleness.grid import LAGS, METHODS, PAPER, PRECISIONS, REGIMES, REMEDIED, SPLITS
+from benchmarks.staleness.grid import LAGS, METHODS, PAPER, PRECISIONS, REGIMES, REMEDIED, REMEDIES, SPLITS
 from benchmarks.staleness.results import Outcome, chosen
 
 COLOURS = dict(zip(PAPER, matplotlib.colormaps["tab10"].colors, strict=True))  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ def _with_range(axes: Axes, points: Sequence[tuple[int, Sequence[float]]], metho
 
 def draw_remedies(outcomes: Sequence[Outcome], file: Path) -> bool:
     """Training reward of the last quarter where the remedies are tried: a dot a seed, a bar at the mean"""
-    shown = [place for place in REMEDIED if _cells_at(outcomes, place)]
+    shown = [place for place in REMEDIED if any(o.cell.method in REMEDIES for o in _cells_at(outcomes, place))]
     if not shown:
         return False
     methods = [method for method in METHODS if any(chosen(_cells_at(outcomes, p), method=method) for p in shown)]
