@@ -11,6 +11,7 @@ from rollout_checkpoints import load_plain, plain_logprobs, save_checkpoint
 
 from megatron_vespo.rollout import GenerateRequest, Generation, SamplingParams, launch_engine
 from megatron_vespo.rollout.episodes import Episode, EpisodeError, play_groups
+from megatron_vespo.rollout.sampling import Groups
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
 
 PROMPTS = [Prompt("a", np.array([5, 6], np.int32), "", ""), Prompt("b", np.array([7], np.int32), "", "")]
@@ -57,17 +58,9 @@ def two_turns(episode: Episode) -> None:
 def played(
     play: object, max_tokens: int = 20, engine: object = None, n: int = 1, routing: RoutingShape | None = None
 ) -> list[Sample]:
-    return play_groups(
-        engine or Counting(),  # type: ignore[arg-type]
-        PROMPTS[:1] if n == 1 else PROMPTS,
-        play,  # type: ignore[arg-type]
-        SamplingParams(max_tokens=max_tokens),
-        samples_per_prompt=n,
-        batch="0/train",
-        seeds=[1, 2][: 1 if n == 1 else 2],
-        tokenizer=Tokens(),
-        routing=routing,
-    )
+    prompts, seeds = (PROMPTS[:1], [1]) if n == 1 else (PROMPTS, [1, 2])
+    groups = Groups(prompts, SamplingParams(max_tokens=max_tokens), n, "0/train", seeds, Tokens(), routing)
+    return play_groups(engine or Counting(), groups, play)  # type: ignore[arg-type]
 
 
 def test_tokens_keep_the_routing_of_the_turn_that_first_computed_them() -> None:

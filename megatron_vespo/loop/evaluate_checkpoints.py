@@ -34,7 +34,7 @@ from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout import EnginePool
 from megatron_vespo.rollout.episodes import Episode, submit_episodes
 from megatron_vespo.rollout.protocol import SamplingParams
-from megatron_vespo.rollout.sampling import GroupUnderWay, submit_groups
+from megatron_vespo.rollout.sampling import Groups, GroupUnderWay, submit_groups
 from megatron_vespo.samples.records import Prompt
 
 LOTS = 8
@@ -197,15 +197,9 @@ def _asker(
     )
 
     def ask(prompts: Sequence[Prompt], index: int) -> list[GroupUnderWay]:
-        options: dict[str, Any] = dict(
-            samples_per_prompt=1,
-            batch=f"{held_out.name}/{index}",
-            seeds=[response_seed(config.seed, held_out.name, prompt.id, index) for prompt in prompts],
-            tokenizer=tokenizer,
-        )
-        if play is not None:
-            return submit_episodes(pool.asker(), prompts, play, sampling, **options)
-        return submit_groups(pool, prompts, sampling, **options)
+        seeds = [response_seed(config.seed, held_out.name, prompt.id, index) for prompt in prompts]
+        groups = Groups(prompts, sampling, 1, f"{held_out.name}/{index}", seeds, tokenizer)
+        return submit_groups(pool, groups) if play is None else submit_episodes(pool.asker(), groups, play)
 
     return ask
 

@@ -37,7 +37,7 @@ from megatron_vespo.rewards.worker import RewardWorkers
 from megatron_vespo.rollout.episodes import Episode, play_groups, submit_episodes
 from megatron_vespo.rollout.jobs import Parts
 from megatron_vespo.rollout.protocol import SamplingParams
-from megatron_vespo.rollout.sampling import GroupUnderWay, group_seeds, sample_groups, submit_groups
+from megatron_vespo.rollout.sampling import Groups, GroupUnderWay, group_seeds, sample_groups, submit_groups
 from megatron_vespo.samples.beginnings import know, lacks_old, versions_that_lack_old
 from megatron_vespo.samples.ledger import Ledger
 from megatron_vespo.samples.records import Prompt, RoutingShape, Sample
@@ -133,11 +133,11 @@ class Run:
         """Responses of the rollout batch ``step``; ``batch`` tells batches of one step apart. ``places``: of the
         prompts in it; None: they are all of it."""
         places = range(len(prompts)) if places is None else places
-        options = self._options(samples_per_prompt, step, batch, places, routing)
+        groups = self._groups(prompts, sampling, samples_per_prompt, step, batch, places, routing)
         self.turns.engines()
         if self.play is not None:
-            return play_groups(self.engines.pool, prompts, self.play, sampling, **options)
-        return sample_groups(self.engines.pool, prompts, sampling, **options)
+            return play_groups(self.engines.pool, groups, self.play)
+        return sample_groups(self.engines.pool, groups)
 
     def rollout(self, prompts: Sequence[Prompt], *, step: int, batch: str) -> list[Sample]:
         """Prompt groups in the order of ``prompts``, to train on. What the ledger has of them from before a restart is
@@ -170,25 +170,28 @@ class Run:
     ) -> list[GroupUnderWay]:
         """To train on, without waiting: the groups at ``places`` of the rollout batch ``step``, one a prompt.
         ``parts``: what there is of their responses already; not of a rollout function's."""
-        options = self._options(self.config.rollout.samples_per_prompt, step, "train", places, self.routing)
+        size, sampling = self.config.rollout.samples_per_prompt, self._training_sampling()
+        groups = self._groups(prompts, sampling, size, step, "train", places, self.routing)
         if self.play is not None:
-            return submit_episodes(self.engines.pool.asker(), prompts, self.play, self._training_sampling(), **options)
-        return submit_groups(self.engines.pool, prompts, self._training_sampling(), parts=parts, **options)
+            return submit_episodes(self.engines.pool.asker(), groups, self.play)
+        return submit_groups(self.engines.pool, groups, parts)
 
     def _training_sampling(self) -> SamplingParams:
         settings = self.config.rollout
         return self.sampling(settings.temperature, settings.top_p, settings.top_k)
 
-    def _options(
-        self, size: int, step: int, batch: str, places: Sequence[int], routing: RoutingShape | None
-    ) -> dict[str, Any]:
-        return dict(
-            samples_per_prompt=size,
-            batch=f"{step}/{batch}",
-            seeds=group_seeds(self.config.seed, step, batch, places),
-            tokenizer=self.tokenizer,
-            routing=routing,
-        )
+    def _groups(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        size: int,
+        step: int,
+        batch: str,
+        places: Sequence[int],
+        routing: RoutingShape | None,
+    ) -> Groups:
+        seeds = group_seeds(self.config.seed, step, batch, places)
+        return Groups(prompts, sampling, size, f"{step}/{batch}", seeds, self.tokenizer, routing)
 
     def reward(self, samples: Sequence[Sample]) -> None:
         """Score those that have no reward yet, for the ledger too."""

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_vespo.rollout.protocol import EngineError, GenerateRequest, Generation, SamplingParams
-from megatron_vespo.rollout.sampling import GroupUnderWay
+from megatron_vespo.rollout.sampling import Groups, GroupUnderWay
 from megatron_vespo.samples.records import FinishReason, Prompt, RoutingShape, Sample
 
 THREADS = 256
@@ -133,23 +133,20 @@ class Episode:
         return routed
 
 
-def play_groups(
-    engines: Sampler,
-    prompts: Sequence[Prompt],
-    play: Callable[[Episode], None],
-    sampling: SamplingParams,
-    *,
-    samples_per_prompt: int,
-    batch: str,
-    seeds: Sequence[int],
-    tokenizer: Any,
-    routing: RoutingShape | None = None,
-) -> list[Sample]:
+def play_groups(engines: Sampler, groups: Groups, play: Callable[[Episode], None]) -> list[Sample]:
     """As sampling.sample_groups, each response by ``play``. Raises :class:`EpisodeError` where that raises."""
     episodes = [
-        Episode(f"{batch}/{prompt.id}/{i}", prompt, tokenizer, sampling, seed + i, engines, routing)
-        for prompt, seed in zip(prompts, seeds, strict=True)
-        for i in range(samples_per_prompt)
+        Episode(
+            f"{groups.batch}/{prompt.id}/{i}",
+            prompt,
+            groups.tokenizer,
+            groups.sampling,
+            seed + i,
+            engines,
+            groups.routing,
+        )
+        for prompt, seed in zip(groups.prompts, groups.seeds, strict=True)
+        for i in range(groups.size)
     ]
 
     def run(episode: Episode) -> Sample:
@@ -166,36 +163,22 @@ def play_groups(
         return list(threads.map(run, episodes))
 
 
-def submit_episodes(
-    engines: Sampler,
-    prompts: Sequence[Prompt],
-    play: Callable[[Episode], None],
-    sampling: SamplingParams,
-    *,
-    samples_per_prompt: int,
-    batch: str,
-    seeds: Sequence[int],
-    tokenizer: Any,
-    routing: RoutingShape | None = None,
-) -> list[GroupUnderWay]:
+def submit_episodes(engines: Sampler, groups: Groups, play: Callable[[Episode], None]) -> list[GroupUnderWay]:
     """As :func:`play_groups`, each prompt's in threads of their own, without waiting."""
 
     def under_way(prompt: Prompt, seed: int) -> GroupUnderWay:
         done: Future[list[Sample]] = Future()
 
         def run() -> None:
-            options: dict[str, Any] = dict(samples_per_prompt=samples_per_prompt, batch=batch, seeds=[seed])
             try:
-                done.set_result(
-                    play_groups(engines, [prompt], play, sampling, tokenizer=tokenizer, routing=routing, **options)
-                )
+                done.set_result(play_groups(engines, replace(groups, prompts=[prompt], seeds=[seed]), play))
             except BaseException as error:
                 done.set_exception(error)
 
         threading.Thread(target=run, name=f"episodes {prompt.id}", daemon=True).start()
-        return GroupUnderWay(f"{batch}/{prompt.id}", done, done.result)
+        return GroupUnderWay(f"{groups.batch}/{prompt.id}", done, done.result)
 
-    return [under_way(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return [under_way(prompt, seed) for prompt, seed in zip(groups.prompts, groups.seeds, strict=True)]
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

@@ -34,51 +34,55 @@ class GroupUnderWay:
     """Once ``done`` is. Raises what kept them from coming."""
 
 
-def sample_groups(
-    pool: EnginePool,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    *,
-    samples_per_prompt: int,
-    batch: str,
-    seeds: Sequence[int],
-    tokenizer: Any,
-    routing: RoutingShape | None = None,
-) -> list[Sample]:
-    """``samples_per_prompt`` responses to each prompt, groups side by side in the order of ``prompts``.
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Prompt groups to be asked for: ``size`` responses to each of ``prompts``."""
 
-    batch: names the rollout batch in the samples' ids. seeds: one a prompt, see :func:`group_seeds`. routing: the
-    model's, where the samples are to come with their routed experts.
-    """
-    requests = _requests(prompts, sampling, samples_per_prompt, batch, seeds, routing)
-    groups = pool.generate(requests)
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    size: int
+    batch: str
+    """Names the rollout batch in the samples' ids."""
+    seeds: Sequence[int]
+    """One a prompt, see :func:`group_seeds`."""
+    tokenizer: Any
+    routing: RoutingShape | None = None
+    """The model's, where the samples are to come with their routed experts."""
+
+    def requests(self) -> list[GenerateRequest]:
+        """One a prompt."""
+        return [
+            GenerateRequest(
+                id=f"{self.batch}/{prompt.id}",
+                prompt_tokens=prompt.tokens,
+                sampling=self.sampling,
+                n=self.size,
+                seed=seed,
+                routing=self.routing,
+            )
+            for prompt, seed in zip(self.prompts, self.seeds, strict=True)
+        ]
+
+
+def sample_groups(pool: EnginePool, groups: Groups) -> list[Sample]:
+    """All responses, groups side by side in the order of the prompts."""
+    requests = groups.requests()
     return [
         sample
-        for prompt, request, group in zip(prompts, requests, groups, strict=True)
-        for sample in samples_of(request.id, prompt, group, tokenizer)
+        for prompt, request, found in zip(groups.prompts, requests, pool.generate(requests), strict=True)
+        for sample in samples_of(request.id, prompt, found, groups.tokenizer)
     ]
 
 
-def submit_groups(
-    pool: EnginePool,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    *,
-    samples_per_prompt: int,
-    batch: str,
-    seeds: Sequence[int],
-    tokenizer: Any,
-    routing: RoutingShape | None = None,
-    parts: Sequence[Parts | None] | None = None,
-) -> list[GroupUnderWay]:
+def submit_groups(pool: EnginePool, groups: Groups, parts: Sequence[Parts | None] | None = None) -> list[GroupUnderWay]:
     """As :func:`sample_groups`, without waiting. ``parts``: of each prompt's responses, where there is something of
     them already (:func:`parts_of`)."""
-    requests = _requests(prompts, sampling, samples_per_prompt, batch, seeds, routing)
+    requests = groups.requests()
 
     def under_way(prompt: Prompt, request: GenerateRequest, done: Future[list[Generation]]) -> GroupUnderWay:
-        return GroupUnderWay(request.id, done, lambda: samples_of(request.id, prompt, done.result(), tokenizer))
+        return GroupUnderWay(request.id, done, lambda: samples_of(request.id, prompt, done.result(), groups.tokenizer))
 
-    return [under_way(*each) for each in zip(prompts, requests, pool.submit(requests, parts), strict=True)]
+    return [under_way(*each) for each in zip(groups.prompts, requests, pool.submit(requests, parts), strict=True)]
 
 
 def parts_of(samples: Iterable[Sample], size: int) -> Parts:
@@ -94,27 +98,6 @@ def parts_of(samples: Iterable[Sample], size: int) -> Parts:
                 sample.routed_experts,
             )
     return parts
-
-
-def _requests(
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    samples_per_prompt: int,
-    batch: str,
-    seeds: Sequence[int],
-    routing: RoutingShape | None,
-) -> list[GenerateRequest]:
-    return [
-        GenerateRequest(
-            id=f"{batch}/{prompt.id}",
-            prompt_tokens=prompt.tokens,
-            sampling=sampling,
-            n=samples_per_prompt,
-            seed=seed,
-            routing=routing,
-        )
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
 
 
 def samples_of(group: str, prompt: Prompt, generations: Sequence[Generation | None], tokenizer: Any) -> list[Sample]:
