@@ -32,7 +32,7 @@ RESULT = "cell.json"
 """Written last: the cell is done."""
 WINDOW = 16
 """Updates over which metrics are averaged, where a rollout batch has fewer."""
-METRICS = ("reward", "entropy", "response_length", "grad_norm", "k3_engine", "log_w_engine/std")
+METRICS = ("reward", "entropy", "response_length", "grad_norm", "staleness_mean", "k3_engine", "log_w_engine/std")
 DIGITS = 4
 QUARTERS = 4
 KEPT = ("config.resolved.yaml", "metrics.jsonl", "report.html", "samples")
