@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "vespo_renormalised": {"name": "vespo_renormalised"},
     "vespo_tempered": {"name": "vespo_tempered"},
     "vespo_tempered+ess": {"name": "vespo_tempered"},
+    # As TOPR leaves them: responses with A >= 0 at weight 1, whatever their W.
+    "vespo+flat": {"name": "vespo", "params": {"c_pos": [0, 0]}},
 }
 """Name -> section ``objective``. Aggregation and advantages are the same for all: token-mean, group-mean-std."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
