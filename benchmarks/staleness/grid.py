@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "vespo+ess": {"ess_step": "phi"},
     "vespo_tempered+ess": {"ess_step": "phi"},
-    # The control of ess_step, whose steps are shorter by about as much.
+    # The control of ess_step, whose steps are shorter by about as much, and of whatever else shortens them.
     "vespo+slower": {"lr": 0.8 * LEARNING_RATE},
 }
 """Name -> what it changes in section ``optimizer``."""
