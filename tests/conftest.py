@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,24 @@ SGLANG_MARKS = (
     pytest.mark.sglang,
     pytest.mark.skipif(SGLANG_MISSING, reason="SGLang is missing: `make sglang`"),
 )
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """``refusal(config, *overrides)``: what `megatron-vespo train` says where it refuses before it starts anything."""
+    from tiny_run import processes_about
+
+    from megatron_vespo.cli import main
+
+    def refused(config: Path, *overrides: str) -> str:
+        monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray was started"))
+        code = main(["train", str(config), *overrides])
+        said = capsys.readouterr().err
+        assert code == 2 and "Traceback" not in said
+        assert not processes_about(str(config.parent))
+        return said
+
+    return refused
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import io
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ class SteppingEngine(FakeEngine):
         self.ended: dict[str, str] = {}
         """Request -> how its responses ended."""
         self.running: set[str] = set()
+        self.sampled: Counter[int] = Counter()
+        """Version -> tokens of requests sampled by it."""
         self.logprob = -1.0
         """Of every token."""
 
@@ -63,6 +66,7 @@ class SteppingEngine(FakeEngine):
                 break
             if not self.paused:
                 versions.append(self.version)
+                self.sampled[self.version] += 1
         self.running.discard(request.id)
         self.ended[request.id] = reason
         tokens = np.arange(before, before + len(versions), dtype=np.int32)

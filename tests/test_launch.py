@@ -56,7 +56,10 @@ def test_a_grid_is_a_task_for_every_point(capsys: pytest.CaptureFixture[str]) ->
     script = printed(capsys, MOE, "--grid", ROOT / "model_configs/grids/paper.yaml")
     assert "#SBATCH --array=0-19\n" in script  # 4 objectives x 5 N
     settings = "objective.name=gspo train.mini_batches=16 train.prompts_per_step=4096 train.steps=94"
-    assert "qwen3_30b_a3b_vespo/name=gspo-mini_batches=16 POINT=(" + settings + ")" in script
+    assert (
+        "qwen3_30b_a3b_vespo/name=gspo-mini_batches=16-prompts_per_step=4096-steps=94 POINT=(" + settings + ")"
+        in script
+    )
     script = printed(capsys, ASYNC, "--grid", ROOT / "model_configs/grids/objectives.yaml")
     assert "#SBATCH --array=0-6\n" in script and "POINT=(objective.name=bapo)" in script
 
@@ -76,7 +79,7 @@ def launched_with(folder: Path, launcher: str, **environment: str) -> tuple[int,
 def test_n_keeps_an_update_at_256_prompts_and_the_run_at_1500_updates(tmp_path: Path, launcher: str) -> None:
     blocks = yaml.safe_load((ROOT / "model_configs/grids/paper.yaml").read_text())
     for block in blocks:
-        (n,), prompts, steps = (block[f"train.{name}"] for name in ("mini_batches", "prompts_per_step", "steps"))
+        n, prompts, steps = (block[f"train.{name}"] for name in ("mini_batches", "prompts_per_step", "steps"))
         assert prompts / n == 256 and 1500 <= steps * n < 1500 + n
         settings = [f"train.mini_batches={n}", f"train.prompts_per_step={prompts}", f"train.steps={steps}"]
         code, (_, *passed), _ = launched_with(tmp_path / str(n), launcher, N=str(n))

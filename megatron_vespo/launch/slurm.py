@@ -6,9 +6,7 @@ import itertools
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,25 +21,16 @@ SIGNAL_S = 900
 """Before the time limit: a step must fit into it (docs/slurm.md)."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """Of a grid: a run."""
-
-    name: str
-    """Of its directory: the last part of each setting that the grid lists values for, with its value."""
-    overrides: list[str]
-
-
 def job_script(
     config: RunConfig,
     path: Path,
     overrides: Sequence[str],
     *,
-    points: Sequence[Point] = (),
+    points: Sequence[Sequence[str]] = (),
     heterogeneous: bool = False,
 ) -> str:
-    """The script of one run, or of an array with a task for each of ``points``. Heterogeneous: the rollout nodes are a
-    second part of the job, for which other flags can be given. Raises ConfigError."""
+    """The script of one run, or of an array with a task for each of ``points`` (further overrides). Heterogeneous: the
+    rollout nodes are a second part of the job, for which other flags can be given. Raises ConfigError."""
     nodes, apart = nodes_needed(config), config.cluster.rollout_nodes
     if heterogeneous and not apart:
         raise ConfigError(
@@ -62,8 +51,8 @@ def job_script(
     if points:
         lines += ["case $SLURM_ARRAY_TASK_ID in"]
         for place, point in enumerate(points):
-            directory = shlex.quote(str(config.directory / point.name))
-            lines += [f"  {place}) RUN_DIR={directory} POINT=({shlex.join(point.overrides)}) ;;"]
+            name = shlex.quote(str(config.directory / point_name(point)))
+            lines += [f"  {place}) RUN_DIR={name} POINT=({shlex.join(point)}) ;;"]
         lines += ["esac", f'train_job {shlex.join(arguments)} "${{POINT[@]}}"']
     else:
         lines += [f': "${{RUN_DIR:={shlex.quote(str(config.directory))}}}"', f"train_job {shlex.join(arguments)}"]
@@ -80,36 +69,35 @@ def _part(nodes: int, gpus: int) -> list[str]:
     return [f"#SBATCH {flag}" for flag in flags]
 
 
-def read_grid(file: Path, config: Path, overrides: Sequence[str]) -> list[Point]:
-    """The products of each mapping of the list in ``file``, one after the other. Every point is read as a config, so
-    that a wrong one is a ConfigError now and not a failed job later."""
+def read_grid(file: Path, config: Path, overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides of each point: the products of each mapping of the list in ``file``, one after the other. Every point
+    is read as a config, so that a wrong one is a ConfigError now and not a failed job later."""
     try:
         blocks = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file ({error})") from None
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         raise ConfigError(f"{file}: a grid is a list of mappings from a setting to its value or list of values")
-    points = [point for block in blocks for point in _points(block)]
+    points = []
+    for block in blocks:
+        values = [value if isinstance(value, list) else [value] for value in block.values()]
+        for chosen in itertools.product(*values):
+            points.append([f"{key}={value}" for key, value in zip(block, chosen, strict=True)])
     for point in points:
         try:
-            nodes_needed(load_config(config, [*overrides, *point.overrides]).run)
+            nodes_needed(load_config(config, [*overrides, *point]).run)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {' '.join(point.overrides)}: {error}") from None
-    names = [point.name for point in points]
+            raise ConfigError(f"{file}: {' '.join(point)}: {error}") from None
+    names = [point_name(point) for point in points]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ConfigError(f"{file}: {', '.join(sorted(twice))} comes twice; two runs would share a directory")
     return points
 
 
-def _points(block: dict[str, Any]) -> list[Point]:
-    listed = [key for key, value in block.items() if isinstance(value, list)]
-    found = []
-    for values in itertools.product(*(block[key] for key in listed)):
-        chosen = dict(zip(listed, values, strict=True))
-        name = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
-        found.append(Point(name or "run", [f"{key}={value}" for key, value in (block | chosen).items()]))
-    return found
+def point_name(point: Sequence[str]) -> str:
+    """Name of a run's directory: the last part of each setting with its value."""
+    return "-".join(setting.rpartition(".")[2] if "." in setting.partition("=")[0] else setting for setting in point)
 
 
 def submit(script: str, flags: Sequence[str]) -> str:
