@@ -12,6 +12,7 @@ from tiny_run import records
 
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.loop.modes import train
+from megatron_vespo.loop.preflight_mode import check_resumed
 from megatron_vespo.loop.run import Run
 from megatron_vespo.policy.checkpoint_folder import read_state, step_folder
 
@@ -67,10 +68,14 @@ def test_the_trainers_own_are_computed_once_for_every_response(tmp_path: Path, m
 def test_batches_sampled_ahead_lack_nothing_that_a_continued_run_needs(tmp_path: Path, before: str, after: str) -> None:
     checkpoints = {"every": 3, "keep": 9}
     finished(tmp_path, "constant_lag", before, checkpoint=checkpoints)
-    state = read_state(step_folder(tmp_path / "checkpoints", 3))
+    checkpoint = step_folder(tmp_path / "checkpoints", 3)
     if (before, after) == ("engine", "exact"):
+        config = fake_run(tmp_path / "other", train={"mode": "constant_lag"}).config
+        config = config.model_copy(update={"run_dir": tmp_path})
         with pytest.raises(ConfigError, match=r"train\.old_logprobs = exact: .*ahead/step_000003 .* set it to engine"):
-            finished(tmp_path, "constant_lag", after, checkpoint=checkpoints, resumed=state)
+            check_resumed(config, checkpoint)
     else:
+        state = read_state(checkpoint)
         run = finished(tmp_path, "constant_lag", after, checkpoint=checkpoints, resumed=state)
+        check_resumed(run.config, checkpoint)
         assert run.step == 6 and len(old_of_trained(run)) == 3 * 4 * 2

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from megatron_vespo.config.evaluation import held_out_sets
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
-from megatron_vespo.loop.preflight_mode import check_mode
+from megatron_vespo.loop.preflight_mode import check_mode, check_resumed
 from megatron_vespo.policy.architecture import check_architecture, check_layout, check_router_losses, num_experts
 from megatron_vespo.policy.checkpoint_folder import CheckpointError, check_same_model, check_weights, newest
 from megatron_vespo.policy.layout import ParallelLayout
@@ -107,6 +107,7 @@ def check_run(config: RunConfig, *, dry_run: bool = False) -> Plan:
             check_same_model(checkpoint, hf_config)
         except CheckpointError as error:
             raise ConfigError(str(error)) from None
+        check_resumed(config, checkpoint)
     return Plan(config, hf_config, layout, missing)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_vespo import platform
 from megatron_vespo.config.engine_flags import engine_ranks
 from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
+from megatron_vespo.policy.checkpoint_folder import read_state
 
 NEED_OLD_POLICY = ("trainer", "split", "tis", "icepop", "mis", "geometric")
 """Corrections of the engine's part of W, which is 1 where log pi_old is the engine's own."""
@@ -43,6 +46,16 @@ def check_old_policy(config: RunConfig) -> None:
         raise ConfigError(
             f"model.routing_replay = {replay} replays the pass that computes the old log-probs, and {none} "
             "model.routing_replay to r3 or none"
+        )
+
+
+def check_resumed(config: RunConfig, checkpoint: Path) -> None:
+    """What a run that goes on from ``checkpoint`` has sampled ahead of it. Raises ConfigError."""
+    ahead = config.directory / "ahead" / checkpoint.name
+    if ahead.exists() and config.knows_old_policy and read_state(checkpoint).get("old_logprobs") == "engine":
+        raise ConfigError(
+            f"train.old_logprobs = exact: the batches in {ahead} were sampled ahead under train.old_logprobs = "
+            "engine, and the weights that sampled them are gone; set it to engine"
         )
 
 

@@ -18,7 +18,6 @@ from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.turns import Apart, Turns
 from megatron_vespo.config.evaluation import HeldOut
-from megatron_vespo.config.load import ConfigError
 from megatron_vespo.config.schema import RunConfig
 from megatron_vespo.loop.grading import grade
 from megatron_vespo.loop.saves import Saves
@@ -337,18 +336,9 @@ class Run:
             write_batch(batch_file(folder, self.step + place), samples)
 
     def stored_batches(self) -> list[list[Sample]]:
-        """Those of the checkpoint that the run goes on from. Raises StoreError, and ConfigError where they lack the
-        log pi_old that the run is told to train with."""
-        if not self.resumed:
-            return []
+        """Those of the checkpoint that the run goes on from. Raises StoreError."""
         folder = self._ahead(self.step)
-        batches = [read_batch(batch_file(folder, step)) for step in stored_steps(folder)]
-        if batches and self.config.knows_old_policy and self.resumed.get("old_logprobs") == "engine":
-            raise ConfigError(
-                f"train.old_logprobs = exact: the batches in {folder} were sampled ahead under train.old_logprobs = "
-                "engine, and the weights that sampled them are gone; set it to engine"
-            )
-        return batches
+        return [read_batch(batch_file(folder, step)) for step in stored_steps(folder)] if self.resumed else []
 
     def _ahead(self, step: int) -> Path:
         return self.config.directory / "ahead" / f"step_{step:06d}"
