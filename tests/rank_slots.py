@@ -27,9 +27,10 @@ def rank_slots(count: int) -> Iterator[list[int]]:
             atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
         with (FOLDER / "gate").open("w") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one collects at a time: of two, each could have what the other wants
+            taken += _free(count)
             while len(taken) < count:
-                taken += _free(count - len(taken))
                 time.sleep(0.05)
+                taken += _free(count - len(taken))
         yield taken
     finally:
         for file in taken:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -65,14 +66,17 @@ def imported(tree: ast.Module) -> Iterator[str]:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def arrows() -> Iterator[tuple[str, str, str]]:
+@cache
+def arrows() -> list[tuple[str, str, str]]:
     """(importing room, what it imports: a room of ours or somebody's package, file)."""
+    found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for module in imported(ast.parse(path.read_text())):
             first, *below = module.split(".")
             target = first if first != PACKAGE.name else below[0] if below else ""
             if target and target != room_of(path):
-                yield room_of(path), target, str(path.relative_to(PACKAGE.parent))
+                found.append((room_of(path), target, str(path.relative_to(PACKAGE.parent))))
+    return found
 
 
 def test_arrows_between_rooms_point_one_way() -> None:

@@ -45,7 +45,7 @@ def draw_final(outcomes: Sequence[Outcome], file: Path) -> bool:
 def _with_range(axes: Axes, points: Sequence[tuple[int, Sequence[float]]], method: str) -> Artist:
     places = [place for place, _ in points]
     means = [mean(values) for _, values in points]
-    (line,) = axes.plot(places, means, "o-", color=COLOURS[method], label=method, markersize=3)
+    (line,) = axes.plot(places, means, "o-", color=COLOURS[method], markersize=3)
     low, high = [min(values) for _, values in points], [max(values) for _, values in points]
     axes.fill_between(places, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
     return line
